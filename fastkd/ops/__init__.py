@@ -1,0 +1,6 @@
+"""The fused operators, and the choice of the backend that runs them."""
+
+from fastkd.ops.backends import use_backend
+from fastkd.ops.relation_kl import relation_kl
+
+__all__ = ["relation_kl", "use_backend"]

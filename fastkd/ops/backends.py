@@ -1,0 +1,135 @@
+"""Which implementation of an op runs.
+
+Every backend of an op is an op of its own in torch's dispatcher (`fastkd::relation_kl_cpp`, ...), all with
+the schema that stands in `fastkd/ops/<op>.py`. The choice is made here, in Python, before the call, so that
+`torch.compile` guards on it.
+
+An explicit choice (the `backend=` argument, `use_backend`, or the environment variable `FASTKD_BACKEND`)
+must run or raise with the reason; `"auto"` may fall back and says so once in the log.
+"""
+
+import importlib.machinery
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+# Why an op cannot run on a backend for this device and dtype; None where it can.
+Support = Callable[[torch.device, torch.dtype], str | None]
+
+_logger = logging.getLogger("fastkd")
+_told: set[str] = set()
+_default = "auto"
+_supports: dict[str, dict[str, Support]] = {}
+_preferences: dict[str, dict[str, tuple[str, ...]]] = {}
+
+
+def _checked(name: str, where: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{where}={name!r} is not a backend; allowed are 'auto', {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def register(op: str, supports: dict[str, Support], preferences: dict[str, tuple[str, ...]]) -> None:
+    """Declare an op's backends, and for each device type the order in which `"auto"` tries them."""
+    _supports[op] = supports
+    _preferences[op] = preferences
+
+
+def registered_ops() -> tuple[str, ...]:
+    return tuple(_supports)
+
+
+def missing_reason(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `op` cannot run on `backend` for tensors of this device and dtype, or None where it can."""
+    support = _supports[op].get(backend)
+    return f"{op} has no {backend} implementation" if support is None else support(device, dtype)
+
+
+def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs: the explicit choice if there is one, else the first of the device's preferences that can.
+
+    Raises:
+        ValueError: the name is no backend.
+        RuntimeError: an explicitly chosen backend cannot run here; the message says why.
+    """
+    asked = _checked(backend, "backend")
+    if asked == "auto":
+        asked = _default
+    if asked != "auto":
+        reason = missing_reason(op, asked, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend={asked!r} was asked for but cannot run: {reason}")
+        return asked
+    preferred = _preferences[op].get(device.type, ("reference",))
+    for name in preferred:
+        reason = missing_reason(op, name, device, dtype)
+        if reason is None:
+            return name
+        if not torch.compiler.is_compiling():
+            _tell_once(f"{op} on {device.type} falls back from {name}: {reason}")
+    raise RuntimeError(f"{op}: no backend can run on {device.type} with {dtype}")
+
+
+def _tell_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        _logger.warning(message)
+
+
+@contextmanager
+def use_backend(name: str):
+    """Within the block every op runs on this backend, or raises with the reason why it cannot.
+
+    Args:
+        name: `"auto"`, `"reference"`, `"cpp"`, `"triton"` or `"cuda"`. A `backend=` argument still wins.
+    """
+    global _default
+    before, _default = _default, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def cpu_capability() -> str:
+    """The instruction set whose library serves this CPU: `default`, `avx2`, `avx512` or `avx512_bf16`."""
+    # torch's own answer honours ATEN_CPU_CAPABILITY, which is how the slower paths are tested on a fast machine.
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    if capability == "avx512" and torch.cpu._is_avx512_bf16_supported():
+        return "avx512_bf16"
+    return capability if capability in ("avx2", "avx512") else "default"
+
+
+def _load_cpu_library() -> str | None:
+    """Load the compiled CPU ops. Returns None, or the reason why they are missing and what to do about it."""
+    rebuild = "run `pip install --no-build-isolation -e .` in the source tree (or reinstall fastkd) to build it"
+    package = Path(__file__).resolve().parent.parent
+    name = f"_cpu_{cpu_capability()}"
+    paths = [package / (name + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    library = next((path for path in paths if path.exists()), None)
+    if library is None:
+        return f"the compiled part {name} was not built; {rebuild}"
+    try:
+        from fastkd import _build
+
+        if torch.__version__ != _build.torch_version:
+            return (
+                f"the compiled part was built for torch {_build.torch_version}, this is {torch.__version__}; {rebuild}"
+            )
+        torch.ops.load_library(library)
+    except (ImportError, OSError) as error:
+        return f"the compiled part {name} does not load ({error}); {rebuild}"
+    return None
+
+
+cpu_library_missing: str | None = _load_cpu_library()
+# Looked for, not imported: importing triton costs as much as half of torch.
+triton_installed: bool = importlib.util.find_spec("triton") is not None
+_default = _checked(os.environ.get("FASTKD_BACKEND", "auto"), "FASTKD_BACKEND")

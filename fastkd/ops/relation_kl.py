@@ -1,0 +1,371 @@
+r"""Attention-relation KL divergence (MiniLMv2, arXiv 2012.15828, equations 5 to 8).
+
+A width-D projection X (all attention heads concatenated) is cut anew into `num_heads` relation heads of width
+d = D / num_heads. For one sequence of n valid tokens and one head,
+
+    A = X Xᵀ / √d                      (self relation; left · rightᵀ / √d for a cross relation such as Q·Kᵀ)
+    R = softmax of each row of A       over the valid columns, with `causal` over columns j ≤ i only
+    loss of the sequence = 1 / (num_heads · n) · Σ_heads Σ_rows KL(R_teacher ‖ R_student)
+
+`reduction="mean"` sums the sequences and divides by their number, empty ones included; `"none"` returns one value
+per sequence. A sequence without a valid token has loss zero and gradient zero.
+
+Gradient, with P and S the teacher's and student's rows and G = S − P (every row of G sums to zero):
+
+    self:   dX     = (G + Gᵀ) X / √d          X stands on both sides of the product: the second half is easily forgotten
+    cross:  dLeft  = G Right / √d ,  dRight = Gᵀ Left / √d
+
+Forward returns the loss and, where the student needs it, this gradient without the factor 1 / (num_heads · n · B):
+backward multiplies it by upstream · factor in fp32 and casts last, so that the small factor never underflows in fp16.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastkd.ops import backends
+
+_library = torch.library.Library("fastkd", "FRAGMENT")
+
+# One schema for every backend.
+#   student, teacher (and *_right for a cross relation): (B, L, D) padded, or (T, D) packed; last dimension dense
+#   starts (B,) int64   row at which a sequence begins in a packed tensor; zeros for padded ones
+#   lengths (B,) int32  valid tokens of each sequence
+#   order (B, L) int32  for a padded batch with a mask: the valid positions of each sequence first, ascending, then
+#                       the others; None where the first `lengths` positions are the valid ones
+#   max_length          at least the largest of `lengths`
+# Returns the loss of each sequence (B,) fp32 (fp64 for fp64), and the gradients in the student's dtype and shape,
+# contiguous, without the factor 1 / (num_heads · n), zero in every row that belongs to no sequence. Gradients that
+# are not wanted (`with_grad` false, or no right operand) are empty tensors.
+_SCHEMA = (
+    "(Tensor student, Tensor? student_right, Tensor teacher, Tensor? teacher_right, Tensor starts, Tensor lengths,"
+    " Tensor? order, int max_length, int num_heads, bool causal, bool with_grad) -> (Tensor, Tensor, Tensor)"
+)
+_KERNEL_BACKENDS = ("reference", "cpp", "triton")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _heads(x: Tensor, valid: Tensor, num_heads: int) -> Tensor:
+    """(B, L, D) to (B, heads, L, d). A padded position may hold anything, NaN included, and 0 · NaN is NaN: cleared."""
+    return x.masked_fill(~valid[:, :, None], 0).unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def _pairs(lengths: Tensor, max_length: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """Which positions (B, L) and which pairs of them (B, 1, L, L) count."""
+    positions = torch.arange(max_length, device=lengths.device)
+    valid = positions < lengths[:, None]
+    pairs = (valid[:, :, None] & valid[:, None, :])[:, None]
+    return valid, pairs & (positions <= positions[:, None]) if causal else pairs
+
+
+def _log_relations(left: Tensor, right: Tensor, pairs: Tensor) -> Tensor:
+    scores = left @ right.transpose(2, 3) / math.sqrt(left.shape[-1])
+    # A large finite fill keeps rows without any valid column free of NaN; those rows are dropped by the caller.
+    return scores.masked_fill(~pairs, torch.finfo(scores.dtype).min).log_softmax(-1)
+
+
+def _divergence(log_student: Tensor, log_teacher: Tensor, pairs: Tensor) -> Tensor:
+    return (log_teacher.exp() * (log_teacher - log_student)).masked_fill(~pairs, 0).sum((1, 2, 3))
+
+
+def eager_relation_kl(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    lengths: Tensor,
+    num_heads: int,
+    causal: bool = False,
+) -> Tensor:
+    """The definition in plain torch, differentiable: right-padded pairs (left, right) of (B, L, D) to losses (B,).
+
+    Every kernel is tested against this in fp64; in the tensors' own dtype it is the `eager` that benchmarks time.
+    """
+    valid, pairs = _pairs(lengths, student[0].shape[1], causal)
+    log_student, log_teacher = (
+        _log_relations(*(_heads(x, valid, num_heads) for x in operands), pairs) for operands in (student, teacher)
+    )
+    return _divergence(log_student, log_teacher, pairs) / (num_heads * lengths.clamp(min=1))
+
+
+def _reference(student, student_right, teacher, teacher_right, starts, lengths, order, max_length, num_heads, causal,
+               with_grad):  # fmt: skip
+    """The same in fp32 (or fp64) behind the common schema, with the gradient written out: autograd is out of reach here."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    rows = torch.arange(max_length, device=student.device) if order is None else order[:, :max_length].long()
+    if student.dim() == 3:
+        rows = torch.arange(student.shape[0], device=student.device)[:, None] * student.shape[1] + rows
+    else:  # packed: positions behind the end of a sequence stay inside the tensor, `valid` drops them
+        rows = (starts[:, None] + rows).clamp(max=max(student.shape[0] - 1, 0))
+    valid, pairs = _pairs(lengths, max_length, causal)
+
+    def operands(*tensors: Tensor | None) -> list[Tensor]:
+        return [_heads(x.reshape(-1, x.shape[-1])[rows].to(dtype), valid, num_heads) for x in tensors if x is not None]
+
+    def scattered(grad: Tensor) -> Tensor:
+        out = student.new_zeros(student.shape).view(-1, student.shape[-1])
+        return out.index_put_((rows[valid],), grad.transpose(1, 2).flatten(2)[valid].to(student.dtype)).view(
+            student.shape
+        )
+
+    with torch.autocast(student.device.type, enabled=False):  # results must not depend on the caller's autocast
+        x, y = operands(student, student_right), operands(teacher, teacher_right)
+        log_student, log_teacher = _log_relations(x[0], x[-1], pairs), _log_relations(y[0], y[-1], pairs)
+        losses = _divergence(log_student, log_teacher, pairs) / (num_heads * lengths.clamp(min=1))
+        grads = [student.new_empty(0), student.new_empty(0)]
+        if with_grad:
+            g = (log_student.exp() - log_teacher.exp()).masked_fill(~pairs, 0) / math.sqrt(x[0].shape[-1])
+            left, right = g @ x[-1], g.transpose(2, 3) @ x[0]
+            grads = (
+                [scattered(left + right), grads[1]] if student_right is None else [scattered(left), scattered(right)]
+            )
+    return losses, *grads
+
+
+def _fake(
+    student, student_right, teacher, teacher_right, starts, lengths, order, max_length, num_heads, causal, with_grad
+):
+    losses = student.new_empty(starts.shape, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
+    grads = [
+        student.new_empty(x.shape) if with_grad and x is not None else student.new_empty(0)
+        for x in (student, student_right)
+    ]
+    return losses, *grads
+
+
+def _triton(*arguments):
+    from fastkd.kernels.relation_kl import relation_kl as launch
+
+    return launch(*arguments)
+
+
+for _name in _KERNEL_BACKENDS:
+    _library.define(f"relation_kl_{_name}{_SCHEMA}")
+    torch.library.register_fake(f"fastkd::relation_kl_{_name}", _fake, lib=_library)
+_library.impl("relation_kl_reference", _reference, "CompositeExplicitAutograd")
+_library.impl("relation_kl_triton", _triton, "CUDA")
+_OPS = {name: getattr(torch.ops.fastkd, f"relation_kl_{name}").default for name in _KERNEL_BACKENDS}
+
+
+def _cpp_support(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"the C++ kernel runs on the CPU, the tensors are on {device.type}"
+    if dtype not in _KERNEL_DTYPES:
+        return f"the C++ kernel takes float32, bfloat16 and float16, not {dtype}"
+    return backends.cpu_library_missing
+
+
+def _triton_support(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"the Triton kernel runs on CUDA devices, the tensors are on {device.type}"
+    if dtype not in _KERNEL_DTYPES:
+        return f"the Triton kernel takes float32, bfloat16 and float16, not {dtype}"
+    return None if backends.triton_installed else "triton is not installed"
+
+
+backends.register(
+    "relation_kl",
+    {"reference": lambda device, dtype: None, "cpp": _cpp_support, "triton": _triton_support},
+    {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+)
+
+
+class _RelationKL(torch.autograd.Function):
+    @staticmethod
+    def forward(student, student_right, teacher, teacher_right, starts, lengths, order, max_length, num_heads, causal,
+                with_grad, backend):  # fmt: skip
+        return _OPS[backend](student, student_right, teacher, teacher_right, starts, lengths, order, max_length,
+                             num_heads, causal, with_grad)  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        student, _, _, _, starts, lengths, _, _, num_heads, _, _, _ = inputs
+        _, grad, grad_right = output
+        ctx.mark_non_differentiable(grad, grad_right)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, grad_right, starts, lengths)
+        ctx.num_heads = num_heads
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        # Under create_graph=True the saved gradient would silently count as a constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "relation_kl has no second derivative; use backend='reference' with eager_relation_kl for it"
+            )
+        if upstream is None:
+            return (None,) * 12
+        grad, grad_right, starts, lengths = ctx.saved_tensors
+        weight = upstream / (ctx.num_heads * lengths.clamp(min=1))
+        if grad.dim() == 2:  # packed: each row takes the weight of its sequence
+            rows = torch.arange(grad.shape[0], device=grad.device)
+            weight = weight[torch.searchsorted(starts, rows, right=True).sub_(1).clamp_(min=0)][:, None]
+        else:
+            weight = weight[:, None, None]
+        scaled = [torch.mul(g, weight).to(g.dtype) if g.numel() else None for g in (grad, grad_right)]
+        return scaled[0], scaled[1], *(None,) * 10
+
+
+def relation_kl(
+    student: Tensor | tuple[Tensor, Tensor],
+    teacher: Tensor | tuple[Tensor, Tensor],
+    num_heads: int,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    causal: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """KL divergence between teacher's and student's self-attention relations; the formula stands above.
+
+    Args:
+        student: raw projections before the head split, (B, L, D_student), or (T, D_student) with `cu_seqlens`;
+            fp32, bf16, fp16 (fp64 on the reference). A pair (left, right) gives the cross relation, e.g. (query, key).
+        teacher: the same with the teacher's width and, if it likes, another dtype. Gets no gradient.
+        num_heads: relation heads; divides both widths.
+        mask: (B, L), true or nonzero where a token is valid. Any pattern: padding left or right, or holes. Causal
+            order is the order among the valid tokens.
+        cu_seqlens: (B + 1,) integer offsets of the sequences in packed tensors, ascending.
+        max_seqlen: the longest sequence of a packed batch; without it the GPU kernels plan for T.
+        causal: a row sees the columns up to its own position only.
+        reduction: `"mean"` (sum over sequences / B, empty ones included), `"sum"`, or `"none"` (B,).
+        backend: `"auto"`, `"reference"`, `"cpp"`, `"triton"`.
+
+    Returns:
+        The loss in nats, fp32 (fp64 for fp64 input): a scalar, or (B,) for `"none"`.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or option that does not fit, before any work; NaN in a CPU teacher.
+        RuntimeError: an explicitly chosen backend cannot run, or a second derivative is asked for.
+    """
+    lefts, rights = _operands(student, teacher)
+    _check_operands(lefts, rights, num_heads, cu_seqlens is not None)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r}; allowed are 'mean', 'sum' and 'none'")
+    x = lefts["student"]
+    chosen = backends.resolve("relation_kl", backend, x.device, x.dtype)
+    starts, lengths, order, longest = _layout(x, mask, cu_seqlens, max_seqlen)
+    with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, rights.get("student")) if t is not None)
+    losses, _, _ = _RelationKL.apply(
+        x, rights.get("student"), lefts["teacher"], rights.get("teacher"), starts, lengths, order, longest, num_heads,
+        causal, with_grad, chosen,
+    )  # fmt: skip
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_finite(losses, lefts, rights)
+    if reduction == "none":
+        return losses
+    return losses.sum() / max(losses.shape[0], 1) if reduction == "mean" else losses.sum()
+
+
+def _check_finite(losses: Tensor, lefts: dict[str, Tensor], rights: dict[str, Tensor]) -> None:
+    """Name the tensor behind a loss that is not finite. Reads the inputs only once something is already wrong."""
+    if torch.isfinite(losses).all():
+        return
+    sequences = torch.isfinite(losses).logical_not().nonzero().flatten().tolist()
+    for name in ("teacher", "student"):
+        for x in (lefts[name], rights.get(name)):
+            if x is not None and not torch.isfinite(x).all():
+                raise ValueError(f"{name} holds NaN or infinity; the loss of sequences {sequences[:8]} is not finite")
+    raise ValueError(f"the loss of sequences {sequences[:8]} is not finite: the relation scores overflow")
+
+
+def _operands(student, teacher) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    lefts, rights = {}, {}
+    if isinstance(student, (tuple, list)) != isinstance(teacher, (tuple, list)):
+        raise TypeError("student and teacher must both be one tensor (self relation) or both a pair (left, right)")
+    for name, given in (("student", student), ("teacher", teacher)):
+        pair = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+        if len(pair) not in (1, 2) or not all(isinstance(x, Tensor) for x in pair):
+            raise TypeError(f"{name} must be a tensor or a pair (left, right) of tensors, not {type(given).__name__}")
+        # A last dimension that is not dense cannot be read in rows.
+        pair = tuple(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in pair)
+        lefts[name] = pair[0]
+        if len(pair) == 2:
+            rights[name] = pair[1]
+    return lefts, rights
+
+
+def _check_operands(lefts: dict[str, Tensor], rights: dict[str, Tensor], num_heads: int, packed: bool) -> None:
+    dims, form = (2, "(T, D) with cu_seqlens") if packed else (3, "(B, L, D)")
+    leading, device = lefts["student"].shape[:-1], lefts["student"].device
+    for side, tensors in (("left", lefts), ("right", rights)):
+        for name, x in tensors.items():
+            what = f"{name} ({side})" if rights else name
+            if type(x).__name__ == "DTensor":
+                raise TypeError(f"{what} is a DTensor; call relation_kl on the local tensor (x.to_local())")
+            if x.dim() != dims:
+                raise ValueError(f"{what} has shape {tuple(x.shape)}; expected {form}")
+            if not x.is_floating_point() or x.dtype not in (*_KERNEL_DTYPES, torch.float64):
+                raise TypeError(f"{what} is {x.dtype}; allowed are float32, bfloat16, float16 and float64")
+            if x.shape[:-1] != leading:
+                raise ValueError(
+                    f"{what} has shape {tuple(x.shape)}, but the student has {tuple(lefts['student'].shape)}: only the width may differ"
+                )
+            if x.device != device:
+                raise ValueError(f"{what} is on {x.device}, the student on {device}")
+            if name == "teacher" and x.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"{what} requires a gradient; relation_kl gives none to the teacher: detach it")
+            if side == "right" and x.shape != lefts[name].shape:
+                raise ValueError(
+                    f"the {name}'s right operand has shape {tuple(x.shape)}, its left {tuple(lefts[name].shape)}"
+                )
+            if side == "right" and x.dtype != lefts[name].dtype:
+                raise TypeError(f"the {name}'s right operand is {x.dtype}, its left {lefts[name].dtype}")
+    check_num_heads(num_heads, {name: x.shape[-1] for name, x in lefts.items()})
+
+
+def check_num_heads(num_heads: int, widths: dict[str, int]) -> None:
+    """Raise a ValueError with the nearest allowed numbers unless `num_heads` divides every width."""
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"num_heads must be an int, not {type(num_heads).__name__}")
+    for name, width in widths.items():
+        if num_heads < 1 or width % num_heads:
+            common = math.gcd(*widths.values())
+            allowed = [h for h in range(1, common + 1) if common % h == 0]
+            nearest = sorted(sorted(allowed, key=lambda h: abs(math.log(h / max(num_heads, 1))))[:2])
+            hint = " and ".join(map(str, nearest)) + (" divide both" if len(nearest) > 1 else " divides both")
+            raise ValueError(f"num_heads={num_heads} does not divide the {name}'s width {width}; {hint}")
+
+
+def _layout(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None):
+    """starts, lengths, order and max_length of the schema, without making the host wait for a GPU."""
+    if cu_seqlens is not None:
+        if mask is not None:
+            raise ValueError("mask and cu_seqlens were both given; a packed batch has no mask")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected (B + 1,) int32 or int64"
+            )
+        offsets = cu_seqlens.to(x.device, torch.int64)
+        lengths = offsets.diff()
+        longest = x.shape[0] if max_seqlen is None else min(max_seqlen, x.shape[0])
+        if not torch.compiler.is_compiling() and x.device.type == "cpu":
+            _check_offsets(offsets, x.shape[0], max_seqlen)
+            longest = int(lengths.max()) if lengths.numel() else 0
+        return offsets[:-1].contiguous(), lengths.int(), None, longest
+    if max_seqlen is not None:
+        raise ValueError("max_seqlen belongs to cu_seqlens")
+    batch, length = x.shape[:2]
+    starts = torch.zeros(batch, dtype=torch.int64, device=x.device)
+    if mask is None:
+        return starts, torch.full((batch,), length, dtype=torch.int32, device=x.device), None, length
+    if mask.shape != (batch, length):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; the student's {tuple(x.shape)} asks for {(batch, length)}"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"mask is on {mask.device}, the student on {x.device}")
+    valid = mask if mask.dtype == torch.bool else mask != 0
+    order = torch.argsort(valid.logical_not(), dim=1, stable=True).int()
+    return starts, valid.sum(1, dtype=torch.int32), order, length
+
+
+def _check_offsets(offsets: Tensor, rows: int, max_seqlen: int | None) -> None:
+    lengths = offsets.diff()
+    if int(offsets[0]) != 0 or (lengths < 0).any() or int(offsets[-1]) > rows:
+        raise ValueError(
+            f"cu_seqlens={offsets.tolist()} must start at 0, never fall, and end at or below the {rows} packed rows"
+        )
+    if max_seqlen is not None and lengths.numel() and int(lengths.max()) > max_seqlen:
+        raise ValueError(f"max_seqlen={max_seqlen}, but cu_seqlens holds a sequence of {int(lengths.max())}")
