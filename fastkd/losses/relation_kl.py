@@ -18,8 +18,9 @@ class RelationKL(nn.Module):
         backend: see `fastkd.relation_kl`.
     """
 
-    def __init__(self, num_heads: int, weights: Mapping[str, float] | None = None, *, causal: bool = False,
-                 backend: str = "auto"):  # fmt: skip
+    def __init__(
+        self, num_heads: int, weights: Mapping[str, float] | None = None, *, causal: bool = False, backend: str = "auto"
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.weights = dict(weights or {"query": 1.0, "key": 1.0, "value": 1.0})
@@ -29,10 +30,11 @@ class RelationKL(nn.Module):
     def forward(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], mask: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Raw projections by name, each (B, L, D), to one unweighted scalar loss by name; `total` sums them weighted."""
+        """Raw projections by name, each (B, L, D), to one unweighted loss by name; `total` weights and sums them."""
         losses = {
-            name: relation_kl(student[name], teacher[name], self.num_heads, mask=mask, causal=self.causal,
-                              backend=self.backend)
+            name: relation_kl(
+                student[name], teacher[name], self.num_heads, mask=mask, causal=self.causal, backend=self.backend
+            )
             for name in self.weights
-        }  # fmt: skip
+        }
         return losses | {"total": sum(self.weights[name] * loss for name, loss in losses.items())}

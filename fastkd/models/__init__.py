@@ -1,0 +1,18 @@
+"""Models: taps into a running encoder, students made from a teacher, layer replacement."""
+
+from fastkd.models.architectures import Architecture, register_architecture
+from fastkd.models.replacement import ReplaceableEncoder
+from fastkd.models.schedules import ReplacementSchedule, effective_rate
+from fastkd.models.student import create_student
+from fastkd.models.tap import Taps, tap
+
+__all__ = [
+    "Architecture",
+    "ReplaceableEncoder",
+    "ReplacementSchedule",
+    "Taps",
+    "create_student",
+    "effective_rate",
+    "register_architecture",
+    "tap",
+]

@@ -22,6 +22,7 @@ backward multiplies it by upstream · factor in fp32 and casts last, so that the
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.ops import backends
@@ -87,9 +88,10 @@ def eager_relation_kl(
     return _divergence(log_student, log_teacher, pairs) / (num_heads * lengths.clamp(min=1))
 
 
-def _reference(student, student_right, teacher, teacher_right, starts, lengths, order, max_length, num_heads, causal,
-               with_grad):  # fmt: skip
-    """The same in fp32 (or fp64) behind the common schema, with the gradient written out: autograd is out of reach here."""
+def _reference(
+    student, student_right, teacher, teacher_right, starts, lengths, order, max_length, num_heads, causal, with_grad
+):
+    """The same in fp32 (or fp64) behind the common schema. The gradient is written out: autograd cannot help here."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     rows = torch.arange(max_length, device=student.device) if order is None else order[:, :max_length].long()
     if student.dim() == 3:
@@ -171,14 +173,37 @@ backends.register(
 
 class _RelationKL(torch.autograd.Function):
     @staticmethod
-    def forward(student, student_right, teacher, teacher_right, starts, lengths, order, max_length, num_heads, causal,
-                with_grad, backend):  # fmt: skip
-        return _OPS[backend](student, student_right, teacher, teacher_right, starts, lengths, order, max_length,
-                             num_heads, causal, with_grad)  # fmt: skip
+    def forward(
+        student,
+        student_right,
+        teacher,
+        teacher_right,
+        starts,
+        lengths,
+        order,
+        max_length,
+        num_heads,
+        causal,
+        with_grad,
+        backend,
+    ):
+        return _OPS[backend](
+            student,
+            student_right,
+            teacher,
+            teacher_right,
+            starts,
+            lengths,
+            order,
+            max_length,
+            num_heads,
+            causal,
+            with_grad,
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        student, _, _, _, starts, lengths, _, _, num_heads, _, _, _ = inputs
+        _, _, _, _, starts, lengths, _, _, num_heads, _, _, _ = inputs
         _, grad, grad_right = output
         ctx.mark_non_differentiable(grad, grad_right)
         ctx.set_materialize_grads(False)
@@ -190,18 +215,19 @@ class _RelationKL(torch.autograd.Function):
         # Under create_graph=True the saved gradient would silently count as a constant.
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "relation_kl has no second derivative; use backend='reference' with eager_relation_kl for it"
+                "relation_kl has no second derivative; fastkd.ops.relation_kl.eager_relation_kl (plain torch) has one"
             )
         if upstream is None:
             return (None,) * 12
         grad, grad_right, starts, lengths = ctx.saved_tensors
         weight = upstream / (ctx.num_heads * lengths.clamp(min=1))
-        if grad.dim() == 2:  # packed: each row takes the weight of its sequence
+        if grad.dim() == 2:  # packed: each row takes the weight of the last sequence that has begun, or zero
             rows = torch.arange(grad.shape[0], device=grad.device)
-            weight = weight[torch.searchsorted(starts, rows, right=True).sub_(1).clamp_(min=0)][:, None]
+            weight = F.pad(weight, (1, 0))[torch.searchsorted(starts, rows, right=True)][:, None]
         else:
             weight = weight[:, None, None]
-        scaled = [torch.mul(g, weight).to(g.dtype) if g.numel() else None for g in (grad, grad_right)]
+        # The schema's stand-in for a gradient that is not wanted has one dimension; that of an empty batch has more.
+        scaled = [torch.mul(g, weight).to(g.dtype) if g.dim() > 1 else None for g in (grad, grad_right)]
         return scaled[0], scaled[1], *(None,) * 10
 
 
@@ -244,13 +270,25 @@ def relation_kl(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}; allowed are 'mean', 'sum' and 'none'")
     x = lefts["student"]
-    chosen = backends.resolve("relation_kl", backend, x.device, x.dtype)
+    # A double-precision teacher asks for the same backends as a double-precision student.
+    widest = max(x.dtype, lefts["teacher"].dtype, key=lambda dtype: dtype == torch.float64)
+    chosen = backends.resolve("relation_kl", backend, x.device, widest)
     starts, lengths, order, longest = _layout(x, mask, cu_seqlens, max_seqlen)
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, rights.get("student")) if t is not None)
     losses, _, _ = _RelationKL.apply(
-        x, rights.get("student"), lefts["teacher"], rights.get("teacher"), starts, lengths, order, longest, num_heads,
-        causal, with_grad, chosen,
-    )  # fmt: skip
+        x,
+        rights.get("student"),
+        lefts["teacher"],
+        rights.get("teacher"),
+        starts,
+        lengths,
+        order,
+        longest,
+        num_heads,
+        causal,
+        with_grad,
+        chosen,
+    )
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_finite(losses, lefts, rights)
     if reduction == "none":
@@ -298,9 +336,12 @@ def _check_operands(lefts: dict[str, Tensor], rights: dict[str, Tensor], num_hea
                 raise ValueError(f"{what} has shape {tuple(x.shape)}; expected {form}")
             if not x.is_floating_point() or x.dtype not in (*_KERNEL_DTYPES, torch.float64):
                 raise TypeError(f"{what} is {x.dtype}; allowed are float32, bfloat16, float16 and float64")
+            if x.shape[-1] == 0:
+                raise ValueError(f"{what} has shape {tuple(x.shape)}: its width is zero")
             if x.shape[:-1] != leading:
                 raise ValueError(
-                    f"{what} has shape {tuple(x.shape)}, but the student has {tuple(lefts['student'].shape)}: only the width may differ"
+                    f"{what} has shape {tuple(x.shape)}, but the student has {tuple(lefts['student'].shape)}:"
+                    " only the width may differ"
                 )
             if x.device != device:
                 raise ValueError(f"{what} is on {x.device}, the student on {device}")
@@ -335,7 +376,8 @@ def _layout(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqle
             raise ValueError("mask and cu_seqlens were both given; a packed batch has no mask")
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected (B + 1,) int32 or int64"
+                f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype};"
+                " expected (B + 1,) int32 or int64"
             )
         offsets = cu_seqlens.to(x.device, torch.int64)
         lengths = offsets.diff()
@@ -354,6 +396,8 @@ def _layout(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqle
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}; the student's {tuple(x.shape)} asks for {(batch, length)}"
         )
+    if mask.is_floating_point():  # an additive mask (0 and -inf) means the opposite
+        raise TypeError(f"mask is {mask.dtype}; allowed are bool and integers, true or nonzero where a token is valid")
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device}, the student on {x.device}")
     valid = mask if mask.dtype == torch.bool else mask != 0

@@ -1,0 +1,40 @@
+"""Recipes: the published systems, each a dataclass of settings and a Trainer for every stage."""
+
+from fastkd.recipes.arc import ArcRecipe
+from fastkd.recipes.arc_stage_a import ArcStageAConfig, ArcStageATrainer
+from fastkd.recipes.arc_stage_b import ArcStageBConfig, ArcStageBTrainer, stage_b_encoder
+from fastkd.recipes.finetune import FineTuneConfig, FineTuneTrainer
+from fastkd.recipes.settings import from_settings, read_settings, shipped_recipes
+from fastkd.recipes.training import DistillationArguments, DistillationTrainer
+
+RECIPES = {"arc": ArcRecipe}
+
+__all__ = [
+    "RECIPES",
+    "ArcRecipe",
+    "ArcStageAConfig",
+    "ArcStageATrainer",
+    "ArcStageBConfig",
+    "ArcStageBTrainer",
+    "DistillationArguments",
+    "DistillationTrainer",
+    "FineTuneConfig",
+    "FineTuneTrainer",
+    "read_settings",
+    "run_recipe",
+    "shipped_recipes",
+    "stage_b_encoder",
+]
+
+
+def run_recipe(settings: dict) -> dict:
+    """Run what `read_settings` gave; returns the recipe's results.
+
+    Raises:
+        ValueError: `recipe` is missing or unknown, or any setting does not fit; nothing was written by then.
+    """
+    settings = dict(settings)
+    kind = settings.pop("recipe", None)
+    if kind not in RECIPES:
+        raise ValueError(f"recipe: {kind!r} is not one of {', '.join(RECIPES)}")
+    return from_settings(RECIPES[kind], settings, kind).run()

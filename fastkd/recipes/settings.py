@@ -1,0 +1,84 @@
+"""A run as a dataclass: read from a YAML file, changed by `key=value` words, checked before any work."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SHIPPED = Path(__file__).parent
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def read_settings(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """The settings of a shipped recipe (`arc-sst2`) or of one's own YAML file, with the overrides laid over them.
+
+    Args:
+        name_or_path: a name from `shipped_recipes()`, or the path of a YAML file.
+        overrides: words `key=value`; `section.key=value` reaches into a section. Values are read as YAML.
+
+    Raises:
+        ValueError: no such recipe, no such file, a file that holds no mapping, or a word without `=`.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = SHIPPED / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"no recipe {name_or_path!r}; shipped are {', '.join(shipped_recipes())}, or give the path of a YAML file"
+        )
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no `key: value` settings")
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{word!r} is not of the form key=value")
+        *sections, last = key.split(".")
+        place = settings
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{word!r}: {section} is a value, not a section")
+        place[last] = _scalar(value)
+    return settings
+
+
+def _scalar(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def check_keys(given: dict[str, Any], allowed: list[str] | tuple[str, ...], where: str) -> None:
+    """Raise a ValueError that names the nearest allowed key for the first unknown one."""
+    for key in given:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(sorted(allowed)[:40])}"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def from_settings(cls: type, settings: dict[str, Any], where: str) -> Any:
+    """Build the dataclass `cls`, checking keys first. A text value like 1e-4 becomes the number it is in YAML 1.2."""
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    check_keys(settings, tuple(fields), where)
+    missing = [
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and settings.get(name) is None
+    ]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} must be given, e.g. {missing[0]}=...")
+    numbers = {
+        k: _scalar(v) if isinstance(v, str) and fields[k].type in (float, "float") else v for k, v in settings.items()
+    }
+    return cls(**numbers)
