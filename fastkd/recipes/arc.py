@@ -60,7 +60,7 @@ class ArcRecipe:
 
     def run(self) -> dict:
         """All steps; returns, prints and writes to `results.json` the metrics of teacher and student."""
-        configs = self._configs()
+        configs = self.configs()
         task = load_task(self.task, self.data)
         task = task.hold_out(self.hold_out) if self.hold_out else task
         tokenizer = AutoTokenizer.from_pretrained(self.teacher)
@@ -70,12 +70,12 @@ class ArcRecipe:
         def fresh_teacher():
             return with_head(self.teacher, task)
 
-        if not _is_done(folder / "teacher"):
+        if not is_done(folder / "teacher"):
             trainer = FineTuneTrainer(
                 fresh_teacher(), configs["finetune"], processing_class=tokenizer, train_dataset=tokens["train"]
             )
             train_and_save(trainer, folder / "teacher")
-        if not _is_done(folder / "stage_a"):
+        if not is_done(folder / "stage_a"):
             teacher = fresh_teacher()
             text = load_corpus([*self.corpus, task_sentences(task)])
             trainer = ArcStageATrainer(
@@ -93,7 +93,7 @@ class ArcRecipe:
         trainer = ArcStageBTrainer(
             encoder, configs["stage_b"], processing_class=tokenizer, train_dataset=tokens["train"]
         )
-        if not _is_done(folder / "student"):
+        if not is_done(folder / "student"):
             train_and_save(trainer, folder / "student")
 
         results = {name: evaluate(load(folder / name), task, tokens, tokenizer) for name in ("teacher", "student")}
@@ -106,7 +106,7 @@ class ArcRecipe:
         """What makes this run another run."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("overwrite", "output_dir")}
 
-    def _configs(self) -> dict:
+    def configs(self) -> dict:
         given = {
             "finetune": (FineTuneConfig, "teacher"),
             "stage_a": (ArcStageAConfig, "stage_a"),
@@ -190,5 +190,5 @@ def train_and_save(trainer, folder: Path) -> None:
             shutil.rmtree(leftover)
 
 
-def _is_done(folder: Path) -> bool:
+def is_done(folder: Path) -> bool:
     return (folder / _DONE).is_file()

@@ -13,6 +13,7 @@ from transformers import DataCollatorWithPadding
 from fastkd.losses import RelationKL
 from fastkd.models import tap
 from fastkd.models.architectures import layers_of, resolve_layers
+from fastkd.ops import backends
 from fastkd.ops.relation_kl import check_num_heads
 from fastkd.recipes.training import DistillationArguments, DistillationTrainer, check_vocabulary
 
@@ -106,6 +107,22 @@ class ArcStageATrainer(DistillationTrainer):
             losses = self.relation_kl(student[s], teacher[t], inputs["attention_mask"])
             terms |= {self._term(t, s, name): losses[name] for name in what}
         return terms, None
+
+    def description(self):
+        what = ", ".join(self.relation_kl.weights)
+        depths = {"teacher": len(layers_of(self.teacher)), "student": len(layers_of(self.model))}
+        widths = {"teacher": self.teacher.config.hidden_size, "student": self.model.config.hidden_size}
+        matched = "; ".join(f"student layer {s} learns {what} of teacher layer {t}" for t, s, _ in self.pairs)
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        heads = self.args.relation_heads
+        return {
+            "stage A": f"teacher {depths['teacher']} layers x {widths['teacher']}, "
+            f"student {depths['student']} layers x {widths['student']}",
+            "layers": f"{matched} (from 0); nothing above them runs",
+            "relations": f"{heads} heads, {widths['teacher'] // heads} wide in the teacher, "
+            f"{widths['student'] // heads} in the student",
+            "relation_kl": f"runs on {backends.resolve('relation_kl', 'auto', self.args.device, dtype)}",
+        } | super().description()
 
     def train(self, *args, **kwargs):
         try:

@@ -78,6 +78,18 @@ class ArcStageBTrainer(DistillationTrainer):
     def encoder(self) -> ReplaceableEncoder:
         return self.accelerator.unwrap_model(self.model)
 
+    def description(self):
+        encoder, args = self.encoder, self.args
+        groups = "; ".join(f"{i} for {group}" for i, group in enumerate(encoder.groups))
+        return {
+            "stage B": f"student layer for predecessor layers: {groups} (from 0)",
+            "schedule": f"{args.schedule} from {args.start_rate:g} to 1 after {args.reach:.0%} of the steps; "
+            f"effectively from {encoder.effective_rate:.3f}, as a draw of no student layer is repeated",
+            "head": {False: "embeddings and head stay the predecessor's", True: "embeddings and head are trained"}.get(
+                args.train_head, "embeddings and head are trained once the rate is 1"
+            ),
+        } | super().description()
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.encoder.set_step(self.state.global_step)
         self._drawn.append(sum(self.encoder.draw) / len(self.encoder.draw))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from transformers import DataCollatorWithPadding
 
+from fastkd.models.architectures import layers_of
 from fastkd.recipes.training import DistillationArguments, DistillationTrainer
 
 
@@ -32,6 +33,11 @@ class FineTuneTrainer(DistillationTrainer):
             data_collator=data_collator or DataCollatorWithPadding(processing_class),
             **kwargs,
         )
+
+    def description(self):
+        config = self.model.config
+        layers = len(layers_of(self.model))
+        return {"fine-tuning": f"{layers} layers x {config.hidden_size}"} | super().description()
 
     def loss_terms(self, model, inputs):
         outputs = model(**inputs)

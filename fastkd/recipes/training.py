@@ -112,6 +112,37 @@ class DistillationTrainer(Trainer):
         """Further figures to log beside the loss terms."""
         return {}
 
+    def description(self) -> dict[str, str]:
+        """What the run is about to do, by topic: printed before the first step. Subclasses add their own lines."""
+        lengths = self._lengths()
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        lines = {
+            "batch": f"{batch} sequences per optimizer step ({self.args.train_batch_size} x "
+            f"{self.args.gradient_accumulation_steps} accumulated x {self.args.world_size} processes)"
+        }
+        if lengths:
+            grouped = self.args.train_sampling_strategy == "group_by_length"
+            share = padding_share(lengths, self.args.train_batch_size, grouped)
+            tokens = batch * sum(lengths) / len(lengths)
+            lines["tokens"] = f"{tokens:.0f} per step without padding; {share:.0%} of each batch is padding"
+        lines["numbers"] = "bf16 autocast" if self.args.bf16 else "fp16 autocast" if self.args.fp16 else "fp32"
+        lines["loss"] = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
+        return lines
+
+    def train(self, *args, **kwargs):
+        if self.is_world_process_zero():
+            print("\n".join(f"  {topic:<12}{text}" for topic, text in self.description().items()), flush=True)
+        return super().train(*args, **kwargs)
+
+    def _lengths(self) -> list[int] | None:
+        """Tokens of each training example; None for a stream."""
+        if not isinstance(self.train_dataset, Dataset):
+            return None
+        # From the full dataset: what reaches the sampler has lost the columns that the model does not take.
+        name = self.args.length_column_name
+        data = self.train_dataset
+        return list(data[name]) if name in data.column_names else [len(ids) for ids in data["input_ids"]]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
@@ -157,19 +188,17 @@ class DistillationTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _get_train_sampler(self, train_dataset=None):
-        data = self.train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(data, Dataset):
+        lengths = self._lengths()
+        if self.args.train_sampling_strategy != "group_by_length" or lengths is None:
             return super()._get_train_sampler(train_dataset)
-        # From the full dataset: the one handed in has lost the columns that the model does not take.
-        name = self.args.length_column_name
-        lengths = data[name] if name in data.column_names else [len(ids) for ids in data["input_ids"]]
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedBatches(list(lengths), together, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedBatches(lengths, together, seed)
 
 
-def padding_share(lengths: list[int], batch_size: int, seed: int = 0) -> float:
-    """Share of padding among the tokens of length-grouped batches, in [0, 1]."""
-    order = list(LengthGroupedBatches(list(lengths), batch_size, seed))
+def padding_share(lengths: list[int], batch_size: int, grouped: bool) -> float:
+    """Share of padding among the tokens of batches of `batch_size`, in [0, 1], grouped by length or not."""
+    order = list(LengthGroupedBatches(lengths, batch_size, 0)) if grouped else range(len(lengths))
     batches = [[lengths[i] for i in order[k : k + batch_size]] for k in range(0, len(order), batch_size)]
     padded = sum(max(b) * len(b) for b in batches)
     return 1 - sum(map(sum, batches)) / padded if padded else 0.0
