@@ -14,7 +14,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status. A ValueError or TypeError is shown as one line, status 2."""
+    """Run the command line; returns the exit status: 2 where an error that is meant for people is shown as one line."""
     parser = argparse.ArgumentParser("fastkd", description="Small and fast Transformer encoders by distillation.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, summary in COMMANDS.items():
@@ -28,6 +28,6 @@ def main(arguments: list[str] | None = None) -> int:
     subcommand.add_arguments(options)
     try:
         return subcommand.run(options.parse_args(arguments[1:])) or 0
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ConnectionError, FloatingPointError) as error:
         print(f"fastkd {command}: {error}", file=sys.stderr)
         return 2

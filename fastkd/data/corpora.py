@@ -1,17 +1,18 @@
 """Plain text for stage A: corpora of any size, cut into windows of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
 
-from fastkd.data.tasks import Task
+from fastkd.data.tasks import Task, check_max_length
 
 _BUILDERS = {".parquet": "parquet", ".txt": "text", ".json": "json", ".jsonl": "json"}
 _EVALUATION = ("validation", "valid", "val", "dev", "test")
 
-Corpus = Dataset | IterableDataset
-Source = str | Path | Dataset | IterableDataset
+Corpus: TypeAlias = Dataset | IterableDataset
+Source: TypeAlias = str | Path | Dataset | IterableDataset
 
 
 def load_corpus(source: Source | Sequence[Source], *, text_column: str = "text", streaming: bool = False) -> Corpus:
@@ -53,13 +54,11 @@ def chunk_corpus(dataset: Corpus, tokenizer, max_length: int = 128, *, min_tail:
     Raises:
         ValueError: `max_length` is longer than the model's, or has no room for text.
     """
+    check_max_length(max_length, tokenizer)
     special = tokenizer.num_special_tokens_to_add()
-    if not special < max_length <= tokenizer.model_max_length:
-        raise ValueError(
-            f"max_length={max_length}; allowed are {special + 1} to {tokenizer.model_max_length} for this tokenizer"
-        )
 
     def windows(batch: dict[str, list[str]]) -> dict[str, list]:
+        numbered: Iterable[tuple[int, list[int]]]
         if tokenizer.is_fast:
             encoded = tokenizer(
                 batch["text"], truncation=True, max_length=max_length, return_overflowing_tokens=True, verbose=False
@@ -76,7 +75,8 @@ def chunk_corpus(dataset: Corpus, tokenizer, max_length: int = 128, *, min_tail:
             )
         kept, previous = [], None
         for row, ids in numbered:
-            if len(ids) > special and (row != previous or len(ids) - special >= min_tail):
+            is_tail = row == previous and len(ids) < max_length
+            if len(ids) > special and not (is_tail and len(ids) - special < min_tail):
                 kept.append(ids)
             previous = row
         lengths = [len(ids) for ids in kept]
@@ -89,7 +89,7 @@ def chunk_corpus(dataset: Corpus, tokenizer, max_length: int = 128, *, min_tail:
 def _parts(source: Source, text_column: str, streaming: bool) -> list[Corpus]:
     """One or more data sets with the one column `text`."""
     if isinstance(source, (Dataset, IterableDataset)):
-        given = [("the given data set", source, text_column)]
+        given = [("the given data set", source, "text" if "text" in (source.column_names or ()) else text_column)]
     elif Path(source).expanduser().exists():
         given = []
         for builder, files in _files(Path(source).expanduser()).items():

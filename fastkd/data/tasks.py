@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, Value
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from fastkd.data import metrics
+from fastkd.data.metrics import score
 from fastkd.data.sources import read_splits
 
 
@@ -29,6 +29,7 @@ class Task:
         label_names: in the order of the class indices; empty for a regression.
         metrics: names of the official metrics, the primary one first.
         extra: further labelled splits, e.g. MNLI's `validation_mismatched`.
+        group_column: a column whose value says what an example was taken from; `hold_out` never splits such a group.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task:
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
     extra: Mapping[str, Dataset] = dataclasses.field(default_factory=dict)
+    group_column: str | None = None
 
     @property
     def regression(self) -> bool:
@@ -64,7 +66,7 @@ class Task:
         bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
         if len(bad):
             raise ValueError(f"the logits of {len(bad)} of {len(labels)} examples are NaN or infinite, first {bad[0]}")
-        return metrics.score(self.metrics, logits[:, 0] if self.regression else logits.argmax(1), labels)
+        return score(self.metrics, logits[:, 0] if self.regression else logits.argmax(1), labels)
 
     def tokenize(self, tokenizer, max_length: int = 128) -> DatasetDict:
         """Every split as `input_ids`, `attention_mask`, `token_type_ids` if the model has them, `labels`, `length`.
@@ -75,12 +77,7 @@ class Task:
         Raises:
             ValueError: `max_length` is longer than the model's, or has no room for text.
         """
-        special = tokenizer.num_special_tokens_to_add(pair=len(self.text_columns) == 2)
-        if not special < max_length <= tokenizer.model_max_length:
-            raise ValueError(
-                f"max_length={max_length}; allowed are {special + 1} to {tokenizer.model_max_length} for this tokenizer"
-            )
-
+        check_max_length(max_length, tokenizer, pair=len(self.text_columns) == 2)
         columns = self.text_columns  # not self: datasets hashes what `encode` refers to, and would hash every split
 
         def encode(batch):
@@ -102,9 +99,10 @@ class Task:
         """This task with `fraction` of `train` as its validation split: choices are made there, so that the official
         validation split is read once, at the end.
 
-        Examples that share a sentence (up to case and spaces) stay on one side, else the held-out score would reward
-        memory. A group of such examples larger than a quarter of the held-out part stays in training, else it would
-        make up most of it; so the part may be slightly smaller than asked. `extra` is left out.
+        Examples that share a sentence (up to case and spaces) or their origin stay on one side, else the held-out
+        score would reward memory. A group of such examples larger than a quarter of the held-out part stays in
+        training, else it would make up most of it; so the part may be slightly smaller than asked. `extra` is left
+        out.
 
         Raises:
             ValueError: `fraction` outside (0, 1), or a split that would be empty.
@@ -112,7 +110,7 @@ class Task:
         if not 0 < fraction < 1:
             raise ValueError(f"fraction={fraction}; it must lie between 0 and 1")
         target = round(fraction * len(self.train))
-        groups = self._groups_of_shared_sentences()
+        groups = self._groups()
         sizes = np.bincount(groups)
         held, room = np.zeros(len(sizes), dtype=bool), target
         for group in np.random.default_rng(seed).permutation(len(sizes)):
@@ -132,20 +130,29 @@ class Task:
             extra={},
         )
 
-    def _groups_of_shared_sentences(self) -> np.ndarray:
-        """(N,) group index of each training example: connected components of "has a sentence in common"."""
+    def _groups(self) -> np.ndarray:
+        """(N,) group of each training example: connected components of "has a sentence (or its origin) in common"."""
         rows = len(self.train)
-        ids: dict[str, int] = {}
-        sentences = np.array(
-            [
-                [ids.setdefault(" ".join(text.split()).lower(), len(ids)) for text in self.train[column][:]]
-                for column in self.text_columns
-            ]
-        )
-        examples = np.tile(np.arange(rows), len(self.text_columns))
-        edges = (np.ones(len(examples)), (examples, rows + sentences.ravel()))
-        _, groups = connected_components(coo_array(edges, shape=(rows + len(ids),) * 2), directed=False)
+        ids: dict[str | tuple, int] = {}
+        shared = [
+            [ids.setdefault(" ".join(text.split()).lower(), len(ids)) for text in self.train[column][:]]
+            for column in self.text_columns
+        ]
+        if self.group_column:
+            shared.append([ids.setdefault(("origin", value), len(ids)) for value in self.train[self.group_column][:]])
+        ends = (np.tile(np.arange(rows), len(shared)), rows + np.ravel(shared))
+        graph = coo_array((np.ones(len(ends[0])), ends), shape=(rows + len(ids),) * 2)
+        _, groups = connected_components(graph, directed=False)
         return np.unique(groups[:rows], return_inverse=True)[1]
+
+
+def check_max_length(max_length: int, tokenizer, *, pair: bool = False) -> None:
+    """Raise a ValueError unless `max_length` tokens leave room for text and the tokenizer's model takes them."""
+    least = tokenizer.num_special_tokens_to_add(pair=pair) + (2 if pair else 1)
+    if max_length < least:
+        raise ValueError(f"max_length={max_length} leaves no room for text; it must be at least {least}")
+    if max_length > tokenizer.model_max_length:
+        raise ValueError(f"max_length={max_length}, but the model takes at most {tokenizer.model_max_length} tokens")
 
 
 @dataclasses.dataclass(frozen=True)

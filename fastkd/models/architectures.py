@@ -21,13 +21,15 @@ class Architecture:
     projections: the linear maps of query, key and value, as seen from a layer: three names, or one where a fused map
         writes them side by side in this order.
     ffn: the config field with the width of the feed-forward block.
+    width: config fields that hold the width beside `hidden_size`.
     per_layer: config fields that hold a list with one entry per layer.
-    droppable: state-dict suffixes that a layer has only in some positions.
+    droppable: names in a layer's state that it has in some positions only.
     """
 
     layers: str = "encoder.layer"
     projections: tuple[str, ...] = ("attention.self.query", "attention.self.key", "attention.self.value")
     ffn: str = "intermediate_size"
+    width: tuple[str, ...] = ()
     per_layer: tuple[str, ...] = ()
     droppable: tuple[str, ...] = ()
 
@@ -51,11 +53,15 @@ _ARCHITECTURES = {
     ),
     "mpnet": Architecture(projections=("attention.attn.q", "attention.attn.k", "attention.attn.v")),
     "deberta-v2": Architecture(
-        projections=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj")
+        projections=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+        width=("pooler_hidden_size",),
     ),
     # Layer 0 has no attn_norm: the embeddings end in a norm of their own.
     "modernbert": Architecture(
-        layers="layers", projections=("attn.Wqkv",), per_layer=("layer_types",), droppable=("attn_norm.weight",)
+        layers="layers",
+        projections=("attn.Wqkv",),
+        per_layer=("layer_types",),
+        droppable=("attn_norm.weight", "attn_norm.bias"),
     ),
 }
 

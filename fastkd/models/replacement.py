@@ -99,7 +99,7 @@ class ReplaceableEncoder(nn.Module):
     @property
     def rate(self) -> float:
         """Nominal replacement rate of this step."""
-        return self.schedule(self._step)
+        return self._rate(self._step)
 
     @property
     def effective_rate(self) -> float:
@@ -111,18 +111,34 @@ class ReplaceableEncoder(nn.Module):
         """Which student layers run in this step's training forwards."""
         return self._draw(self._step)
 
+    def _rate(self, step: int) -> float:
+        rate = self.schedule(step)
+        if not 0 < rate <= 1:
+            raise ValueError(f"the schedule gives a replacement rate of {rate} at step {step}: it must lie in (0, 1]")
+        return rate
+
     def _draw(self, step: int) -> tuple[bool, ...]:
-        rate, generator = self.schedule(step), random.Random(f"{self.seed} {step}")
+        rate, generator = self._rate(step), random.Random(f"{self.seed} {step}")
         while not any(draw := tuple(generator.random() < rate for _ in self.groups)):
             pass
         return draw
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
-    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs):
-        """The model's own forward and output; labels are the student's and predecessor's common task."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        inputs |= {"labels": labels} | kwargs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        labels=None,
+        start_positions=None,
+        end_positions=None,
+        **inputs,
+    ):
+        """The model's own forward and output. The arguments are spelled out because the Trainer drops every column
+        that is not named here."""
+        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs |= {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if not self.training:
             return self.student(**inputs)
@@ -209,11 +225,12 @@ def _check_pair(predecessor: PreTrainedModel, student: PreTrainedModel) -> None:
     dtypes = [model.dtype for model in (predecessor, student)]
     if dtypes[0] != dtypes[1]:
         raise ValueError(f"the predecessor is {dtypes[0]} and the student {dtypes[1]}: load both in the same dtype")
-    widths = [model.config.hidden_size for model in (predecessor, student)]
-    if widths[0] != widths[1]:
+    # Heads count too: position biases and rotary tables are made once, for all layers.
+    sizes = [(model.config.hidden_size, model.config.num_attention_heads) for model in (predecessor, student)]
+    if sizes[0] != sizes[1]:
         raise ValueError(
-            f"the predecessor is {widths[0]} wide and the student {widths[1]}: layers can replace each other at equal "
-            "width only"
+            f"(hidden, heads) of the predecessor are {sizes[0]}, of the student {sizes[1]}: layers can replace each "
+            "other at equal width and heads only"
         )
     for field in architecture_of(student.config).per_layer:
         absent = set(getattr(predecessor.config, field)) - set(getattr(student.config, field))

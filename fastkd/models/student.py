@@ -63,11 +63,11 @@ def create_student(
 
 
 def all_but_layers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and buffers, by name, of embeddings, poolers, norms and heads: everything outside the layers."""
+    """The state, by name, of embeddings, poolers, norms and heads: everything outside the layers."""
     layers = layers_of(model)
     [prefix] = [name for name, module in model.named_modules() if module is layers]
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{prefix}.")}
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.")}
 
 
 def copy_all_but_layers(source: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -128,7 +128,9 @@ def _student_config(
         )
 
     config = copy.deepcopy(teacher)
-    config.num_hidden_layers, config.hidden_size, config.num_attention_heads = layers, hidden, heads
+    config.num_hidden_layers, config.num_attention_heads = layers, heads
+    for field in ("hidden_size", *architecture.width):
+        setattr(config, field, hidden)
     setattr(config, architecture.ffn, ffn)
     for field in architecture.per_layer:
         values = getattr(teacher, field)

@@ -103,8 +103,8 @@ def tap(
     what: any of "query", "key", "value" (outputs of the linear maps, (B, L, D)) and "hidden" (output of the layer,
         (B, L, D), before a norm or convolution that the encoder itself applies behind the layer).
     stop_after: end the forward right after the last tensor that is needed; nothing above it runs, and the call of
-        `model` returns the captured tensors, {layer: {"query": ..., ...}}, in place of its usual output. That output is
-        what tells data parallel which parameters take part (`find_unused_parameters=True`).
+        `model` returns the captured tensors, {layer: {"query": ..., ...}}, in place of its usual output. From them DDP
+        with `find_unused_parameters=True` learns which parameters take part; each must then reach the loss.
 
     Gradients flow through the captured tensors; non-reentrant gradient checkpointing is fine (the layer at which the
     forward stops is not checkpointed: it holds nothing but its projections).

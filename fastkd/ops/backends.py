@@ -36,14 +36,19 @@ def _checked(name: str, where: str) -> str:
     return name
 
 
-def register(op: str, supports: dict[str, Support], preferences: dict[str, tuple[str, ...]]) -> None:
+def register(op: str, supports: dict[str, Support], preferred: dict[str, tuple[str, ...]]) -> None:
     """Declare an op's backends, and for each device type the order in which `"auto"` tries them."""
     _supports[op] = supports
-    _preferences[op] = preferences
+    _preferences[op] = preferred
 
 
 def registered_ops() -> tuple[str, ...]:
     return tuple(_supports)
+
+
+def preferences(op: str, device: torch.device) -> tuple[str, ...]:
+    """The backends that `"auto"` tries for tensors on this device, in that order."""
+    return _preferences[op].get(device.type, ("reference",))
 
 
 def missing_reason(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -67,8 +72,7 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
         if reason is not None:
             raise RuntimeError(f"{op}: backend={asked!r} was asked for but cannot run: {reason}")
         return asked
-    preferred = _preferences[op].get(device.type, ("reference",))
-    for name in preferred:
+    for name in preferences(op, device):
         reason = missing_reason(op, name, device, dtype)
         if reason is None:
             return name
@@ -98,38 +102,44 @@ def use_backend(name: str):
         _default = before
 
 
+# The instruction sets that have a library of their own, each including those before it.
+_CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
+
+
 def cpu_capability() -> str:
-    """The instruction set whose library serves this CPU: `default`, `avx2`, `avx512` or `avx512_bf16`."""
+    """The richest of the instruction sets `default`, `avx2`, `avx512` and `avx512_bf16` that this CPU has."""
     # torch's own answer honours ATEN_CPU_CAPABILITY, which is how the slower paths are tested on a fast machine.
     capability = torch.backends.cpu.get_cpu_capability().lower()
     if capability == "avx512" and torch.cpu._is_avx512_bf16_supported():
         return "avx512_bf16"
-    return capability if capability in ("avx2", "avx512") else "default"
+    return capability if capability in _CAPABILITIES else "default"
 
 
-def _load_cpu_library() -> str | None:
-    """Load the compiled CPU ops. Returns None, or the reason why they are missing and what to do about it."""
+def _load_cpu_library() -> tuple[str | None, str | None]:
+    """Load the compiled CPU ops. Returns the library's name, or why there is none and what to do about it."""
     rebuild = "run `pip install --no-build-isolation -e .` in the source tree (or reinstall fastkd) to build it"
     package = Path(__file__).resolve().parent.parent
-    name = f"_cpu_{cpu_capability()}"
-    paths = [package / (name + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    capability = cpu_capability()
+    # A compiler too old for the CPU's own instruction set leaves the next lesser library.
+    usable = reversed(_CAPABILITIES[: _CAPABILITIES.index(capability) + 1])
+    paths = [package / f"_cpu_{name}{suffix}" for name in usable for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     library = next((path for path in paths if path.exists()), None)
     if library is None:
-        return f"the compiled part {name} was not built; {rebuild}"
+        return None, f"the compiled part _cpu_{capability} was not built; {rebuild}"
+    name = library.name.partition(".")[0]
     try:
         from fastkd import _build
 
         if torch.__version__ != _build.torch_version:
-            return (
-                f"the compiled part was built for torch {_build.torch_version}, this is {torch.__version__}; {rebuild}"
-            )
+            built_for = f"built for torch {_build.torch_version}, this is {torch.__version__}"
+            return None, f"the compiled part was {built_for}; {rebuild}"
         torch.ops.load_library(library)
     except (ImportError, OSError) as error:
-        return f"the compiled part {name} does not load ({error}); {rebuild}"
-    return None
+        return None, f"the compiled part {name} does not load ({error}); {rebuild}"
+    return name, None
 
 
-cpu_library_missing: str | None = _load_cpu_library()
+cpu_library, cpu_library_missing = _load_cpu_library()
 # Looked for, not imported: importing triton costs as much as half of torch.
 triton_installed: bool = importlib.util.find_spec("triton") is not None
 _default = _checked(os.environ.get("FASTKD_BACKEND", "auto"), "FASTKD_BACKEND")

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.ops import backends
+from fastkd.ops import backends, sequences
 
 _library = torch.library.Library("fastkd", "FRAGMENT")
 
@@ -35,13 +35,13 @@ _library = torch.library.Library("fastkd", "FRAGMENT")
 #   lengths (B,) int32  valid tokens of each sequence
 #   order (B, L) int32  for a padded batch with a mask: the valid positions of each sequence first, ascending, then
 #                       the others; None where the first `lengths` positions are the valid ones
-#   max_length          at least the largest of `lengths`
+#   max_length          at least the largest of `lengths`; SymInt, so that torch.compile need not fix it
 # Returns the loss of each sequence (B,) fp32 (fp64 for fp64), and the gradients in the student's dtype and shape,
 # contiguous, without the factor 1 / (num_heads · n), zero in every row that belongs to no sequence. Gradients that
 # are not wanted (`with_grad` false, or no right operand) are empty tensors.
 _SCHEMA = (
     "(Tensor student, Tensor? student_right, Tensor teacher, Tensor? teacher_right, Tensor starts, Tensor lengths,"
-    " Tensor? order, int max_length, int num_heads, bool causal, bool with_grad) -> (Tensor, Tensor, Tensor)"
+    " Tensor? order, SymInt max_length, int num_heads, bool causal, bool with_grad) -> (Tensor, Tensor, Tensor)"
 )
 _KERNEL_BACKENDS = ("reference", "cpp", "triton")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,7 +91,7 @@ def eager_relation_kl(
 def _reference(
     student, student_right, teacher, teacher_right, starts, lengths, order, max_length, num_heads, causal, with_grad
 ):
-    """The same in fp32 (or fp64) behind the common schema. The gradient is written out: autograd cannot help here."""
+    """The same in fp32 (or fp64) behind the common schema. The gradient is written out: there is no autograd."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     rows = torch.arange(max_length, device=student.device) if order is None else order[:, :max_length].long()
     if student.dim() == 3:
@@ -273,7 +273,7 @@ def relation_kl(
     # A double-precision teacher asks for the same backends as a double-precision student.
     widest = max(x.dtype, lefts["teacher"].dtype, key=lambda dtype: dtype == torch.float64)
     chosen = backends.resolve("relation_kl", backend, x.device, widest)
-    starts, lengths, order, longest = _layout(x, mask, cu_seqlens, max_seqlen)
+    starts, lengths, order, longest = sequences.layout(x, mask, cu_seqlens, max_seqlen)
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, rights.get("student")) if t is not None)
     losses, _, _ = _RelationKL.apply(
         x,
@@ -367,49 +367,3 @@ def check_num_heads(num_heads: int, widths: dict[str, int]) -> None:
             nearest = sorted(sorted(allowed, key=lambda h: abs(math.log(h / max(num_heads, 1))))[:2])
             hint = " and ".join(map(str, nearest)) + (" divide both" if len(nearest) > 1 else " divides both")
             raise ValueError(f"num_heads={num_heads} does not divide the {name}'s width {width}; {hint}")
-
-
-def _layout(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None):
-    """starts, lengths, order and max_length of the schema, without making the host wait for a GPU."""
-    if cu_seqlens is not None:
-        if mask is not None:
-            raise ValueError("mask and cu_seqlens were both given; a packed batch has no mask")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype};"
-                " expected (B + 1,) int32 or int64"
-            )
-        offsets = cu_seqlens.to(x.device, torch.int64)
-        lengths = offsets.diff()
-        longest = x.shape[0] if max_seqlen is None else min(max_seqlen, x.shape[0])
-        if not torch.compiler.is_compiling() and x.device.type == "cpu":
-            _check_offsets(offsets, x.shape[0], max_seqlen)
-            longest = int(lengths.max()) if lengths.numel() else 0
-        return offsets[:-1].contiguous(), lengths.int(), None, longest
-    if max_seqlen is not None:
-        raise ValueError("max_seqlen belongs to cu_seqlens")
-    batch, length = x.shape[:2]
-    starts = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    if mask is None:
-        return starts, torch.full((batch,), length, dtype=torch.int32, device=x.device), None, length
-    if mask.shape != (batch, length):
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}; the student's {tuple(x.shape)} asks for {(batch, length)}"
-        )
-    if mask.is_floating_point():  # an additive mask (0 and -inf) means the opposite
-        raise TypeError(f"mask is {mask.dtype}; allowed are bool and integers, true or nonzero where a token is valid")
-    if mask.device != x.device:
-        raise ValueError(f"mask is on {mask.device}, the student on {x.device}")
-    valid = mask if mask.dtype == torch.bool else mask != 0
-    order = torch.argsort(valid.logical_not(), dim=1, stable=True).int()
-    return starts, valid.sum(1, dtype=torch.int32), order, length
-
-
-def _check_offsets(offsets: Tensor, rows: int, max_seqlen: int | None) -> None:
-    lengths = offsets.diff()
-    if int(offsets[0]) != 0 or (lengths < 0).any() or int(offsets[-1]) > rows:
-        raise ValueError(
-            f"cu_seqlens={offsets.tolist()} must start at 0, never fall, and end at or below the {rows} packed rows"
-        )
-    if max_seqlen is not None and lengths.numel() and int(lengths.max()) > max_seqlen:
-        raise ValueError(f"max_seqlen={max_seqlen}, but cu_seqlens holds a sequence of {int(lengths.max())}")

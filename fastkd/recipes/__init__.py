@@ -5,7 +5,7 @@ from fastkd.recipes.arc_stage_a import ArcStageAConfig, ArcStageATrainer
 from fastkd.recipes.arc_stage_b import ArcStageBConfig, ArcStageBTrainer, stage_b_encoder
 from fastkd.recipes.finetune import FineTuneConfig, FineTuneTrainer
 from fastkd.recipes.settings import from_settings, read_settings, shipped_recipes
-from fastkd.recipes.training import DistillationArguments, DistillationTrainer
+from fastkd.recipes.training import DistillationArguments, DistillationTrainer, NotFiniteError
 
 RECIPES = {"arc": ArcRecipe}
 
@@ -20,6 +20,7 @@ __all__ = [
     "DistillationTrainer",
     "FineTuneConfig",
     "FineTuneTrainer",
+    "NotFiniteError",
     "read_settings",
     "run_recipe",
     "shipped_recipes",

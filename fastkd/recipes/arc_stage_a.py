@@ -40,6 +40,14 @@ class ArcStageAConfig(DistillationArguments):
     per_device_train_batch_size: int = 64
     learning_rate: float = 3e-4
 
+    def __post_init__(self):
+        if not self.layer_pairs or not all(isinstance(p, (list, tuple)) and len(p) == 3 for p in self.layer_pairs):
+            raise ValueError(
+                f"layer_pairs={self.layer_pairs!r}: a list of [teacher layer, student layer, weight] is needed, "
+                "such as [[-1, -1, 1.0]]"
+            )
+        super().__post_init__()
+
 
 class ArcStageATrainer(DistillationTrainer):
     """Trains a student on the relations of a frozen teacher. No label is needed, and no head is trained.
@@ -57,19 +65,7 @@ class ArcStageATrainer(DistillationTrainer):
     """
 
     def __init__(self, model, args: ArcStageAConfig, *, teacher, processing_class, data_collator=None, **kwargs):
-        check_num_heads(
-            args.relation_heads, {"teacher": teacher.config.hidden_size, "student": model.config.hidden_size}
-        )
-        check_vocabulary(processing_class, teacher=teacher, student=model)
-        teacher_layers, student_layers, pair_weights = zip(*args.layer_pairs, strict=True)
-        self.pairs = list(
-            zip(
-                resolve_layers(teacher_layers, len(layers_of(teacher)), "layer_pairs, teacher"),
-                resolve_layers(student_layers, len(layers_of(model)), "layer_pairs, student"),
-                map(float, pair_weights),
-                strict=True,
-            )
-        )
+        self.pairs = check_stage_a(model, teacher, processing_class, args)
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)
         self.relation_kl = RelationKL(args.relation_heads, args.relations)
         self.weights = {
@@ -77,13 +73,10 @@ class ArcStageATrainer(DistillationTrainer):
             for t, s, pair_weight in self.pairs
             for name, weight in args.relations.items()
         }
-        self._frozen = _freeze_what_the_relations_do_not_reach(
-            model, [s for _, s, _ in self.pairs], tuple(args.relations)
-        )
+        # Data parallel would wait for ever for the gradients of what the relations do not reach.
+        self._frozen = _not_reached(model, [s for _, s, _ in self.pairs], tuple(args.relations))
         if not args.train_embeddings:
-            embeddings = model.get_input_embeddings()
-            self._frozen += [p for p in embeddings.parameters() if p.requires_grad]
-            embeddings.requires_grad_(False)
+            self._frozen += [p for p in model.get_input_embeddings().parameters() if p.requires_grad]
         super().__init__(
             model,
             args,
@@ -98,7 +91,11 @@ class ArcStageATrainer(DistillationTrainer):
     def loss_terms(self, model, inputs):
         what = tuple(self.relation_kl.weights)
         # Nothing above the last projection that is needed runs, in either model.
-        with torch.no_grad(), tap(self.teacher, [t for t, _, _ in self.pairs], what, stop_after=True) as teacher:
+        with (
+            torch.no_grad(),
+            self.accelerator.autocast(),  # the student's own stands inside the wrapped model
+            tap(self.teacher, [t for t, _, _ in self.pairs], what, stop_after=True) as teacher,
+        ):
             self.teacher(**inputs)
         with tap(model, [s for _, s, _ in self.pairs], what, stop_after=True) as student:
             model(**inputs)
@@ -125,6 +122,8 @@ class ArcStageATrainer(DistillationTrainer):
         } | super().description()
 
     def train(self, *args, **kwargs):
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -132,10 +131,28 @@ class ArcStageATrainer(DistillationTrainer):
                 parameter.requires_grad_(True)
 
 
-def _freeze_what_the_relations_do_not_reach(model, layers: list[int], what: tuple[str, ...]) -> list[nn.Parameter]:
-    """Freeze the parameters above the last tapped projection, which get no gradient in stage A; returns them.
+def check_stage_a(student, teacher, tokenizer, config: ArcStageAConfig) -> list[tuple[int, int, float]]:
+    """Whether stage A can run; returns the layer pairs, all counted from 0.
 
-    They keep the teacher's values, to start stage B from. Data parallel would wait for their gradients for ever.
+    Raises:
+        ValueError: relation heads that do not divide a width, a layer out of range, an unknown relation, a tokenizer
+            larger than an embedding.
+    """
+    check_num_heads(
+        config.relation_heads, {"teacher": teacher.config.hidden_size, "student": student.config.hidden_size}
+    )
+    check_vocabulary(tokenizer, teacher=teacher, student=student)
+    teacher_layers, student_layers, weights = zip(*config.layer_pairs, strict=True)
+    teacher_layers = resolve_layers(teacher_layers, len(layers_of(teacher)), "layer_pairs, teacher")
+    student_layers = resolve_layers(student_layers, len(layers_of(student)), "layer_pairs, student")
+    with tap(student, student_layers, tuple(config.relations)):
+        return list(zip(teacher_layers, student_layers, map(float, weights), strict=True))
+
+
+def _not_reached(model, layers: list[int], what: tuple[str, ...]) -> list[nn.Parameter]:
+    """The trainable parameters above the last tapped projection: they get no gradient in stage A.
+
+    They keep the teacher's values, to start stage B from.
     """
     # Asked from autograd on three made-up tokens: no architecture has to be known.
     training, parameters = model.training, [p for p in model.parameters() if p.requires_grad]
@@ -145,7 +162,4 @@ def _freeze_what_the_relations_do_not_reach(model, layers: list[int], what: tupl
     total = sum(taps[layer][name].sum() for layer in taps.layers for name in what)
     grads = torch.autograd.grad(total, parameters, allow_unused=True)
     model.train(training)
-    unreached = [p for p, grad in zip(parameters, grads, strict=True) if grad is None]
-    for parameter in unreached:
-        parameter.requires_grad_(False)
-    return unreached
+    return [p for p, grad in zip(parameters, grads, strict=True) if grad is None]

@@ -99,7 +99,7 @@ class ArcStageBTrainer(DistillationTrainer):
         outputs = model(**inputs)
         terms = {"task": outputs.loss}
         if "soft" in self.weights:
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 teacher_logits = self.encoder.predecessor(**inputs).logits
             terms["soft"] = soft_label_loss(outputs.logits, teacher_logits, self.args.temperature)
         return terms, outputs
@@ -113,6 +113,8 @@ class ArcStageBTrainer(DistillationTrainer):
         }
 
     def _save(self, output_dir=None, state_dict=None):
+        if not self.args.should_save:  # one rank writes
+            return
         output_dir = output_dir or self.args.output_dir
         self.encoder.save_pretrained(output_dir)
         self.processing_class.save_pretrained(output_dir)

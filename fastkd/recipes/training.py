@@ -4,14 +4,19 @@ Defaults that matter on any machine, an order of batches that is a pure function
 logged under its own name, and a stop with a name when a loss is not finite.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
+
+_NAMED = 8  # ids by which a message names a batch
+_NEVER = 2**62  # later than any step
 
 
 def bf16_pays() -> bool:
@@ -60,20 +65,18 @@ class LengthGroupedBatches(Sampler[int]):
     """Indices in which neighbours have similar lengths, shuffled anew each epoch by (seed, epoch) alone.
 
     transformers' own sampler draws from the global generator, so that the order after a resume depends on how much
-    randomness dropout has used before; here a resumed run sees the batches it would have seen.
+    randomness dropout has used before; here a resumed run sees the batches it would have seen. The epoch is asked for
+    and not told: when a run of several processes is resumed, accelerate's wrappers do not pass it on.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int] = lambda: 0):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
         indices = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
         # Within a group transformers sorts from long to short: whole batches are shuffled, or lengths would drift.
         batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
@@ -82,27 +85,35 @@ class LengthGroupedBatches(Sampler[int]):
         return iter([i for b in [*(batches[k] for k in order), *last] for i in b])
 
 
-class NotFiniteError(RuntimeError):
-    """A loss became NaN or infinite; the message names the step and what to look at."""
+class NotFiniteError(FloatingPointError):
+    """A loss or a parameter became NaN or infinite; the message names the step, the batch and what to look at."""
 
 
 class DistillationTrainer(Trainer):
     """A Trainer whose subclasses give `loss_terms`: the terms of one batch by name, each a scalar mean over the batch.
 
-    The sum of `weights[name] * term` is what is minimised. Each term is logged as `loss_<name>`, averaged since the
-    last log.
+    The sum of `weights[name] * term` is what is minimised, as a mean over the sequences of an optimizer step however
+    they are cut into accumulated batches. Each term is logged as `loss_<name>`, averaged since the last log.
+
+    Raises:
+        ValueError: several GPUs in one process (DataParallel).
+        NotFiniteError: while training, see there. What is on disk by then is finite.
     """
 
     weights: dict[str, float]
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # Terms are means over a batch: the Trainer divides them by the number of accumulated batches.
+    def __init__(self, model, args: DistillationArguments, **kwargs):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs; start one per GPU (torchrun --nproc-per-node {args.n_gpu} ...), "
+                "or show it a single one (CUDA_VISIBLE_DEVICES=0)"
+            )
+        super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self.loss_is_scaled_for_ga = False
+        self.loss_is_scaled_for_ga = True  # by compute_loss, which knows how many sequences the step has
         self._sums: dict[str, Tensor] = {}
-        self._batches = 0
-        self._first_bad_step: Tensor | None = None
+        self._steps = 0.0
+        self._first_bad: Tensor | None = None
 
     def loss_terms(self, model, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], object]:
         """The unweighted loss terms of a batch, and the model's output."""
@@ -143,6 +154,11 @@ class DistillationTrainer(Trainer):
         data = self.train_dataset
         return list(data[name]) if name in data.column_names else [len(ids) for ids in data["input_ids"]]
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # What a mean over the step divides by: sequences, where the Trainer counts labels.
+        return batches, sum(len(batch["input_ids"]) for batch in batches)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
@@ -151,41 +167,69 @@ class DistillationTrainer(Trainer):
         except ValueError as error:
             if "is not finite" not in str(error):
                 raise
-            raise NotFiniteError(f"step {self.state.global_step}, {self._batch_name(inputs)}: {error}") from error
+            raise self._stopped(self.state.global_step, inputs["input_ids"][0, :_NAMED], str(error)) from error
         loss = sum(self.weights[name] * term for name, term in terms.items())
+        self._remember_if_not_finite(loss, inputs)
+        # The last batch of an epoch is a short one: a mean of means would weigh its sequences more than others.
+        share = len(inputs["input_ids"]) / (num_items_in_batch or len(inputs["input_ids"]))
         with torch.no_grad():
             for name, term in terms.items():
-                self._sums[name] = self._sums.get(name, 0) + term.detach().float()
-            self._batches += 1
-            # Kept on the device: the host reads it at logging steps and before a checkpoint, where it waits anyway.
-            bad = torch.where(torch.isfinite(loss.detach()), torch.inf, float(self.state.global_step))
-            self._first_bad_step = bad if self._first_bad_step is None else torch.minimum(self._first_bad_step, bad)
-        return (loss, outputs) if return_outputs else loss
+                self._sums[name] = self._sums.get(name, 0) + term.detach().float() * share
+            self._steps += share
+        return (loss * share, outputs) if return_outputs else loss * share
 
-    def _batch_name(self, inputs: dict[str, Tensor]) -> str:
-        ids = inputs.get("input_ids")
-        if ids is None:
-            return "batch"
-        return f"batch of shape {tuple(ids.shape)} that starts with ids {ids[0, :8].tolist()}"
+    @torch.no_grad()
+    def _remember_if_not_finite(self, loss: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Keep (step, first ids) of the first bad batch on the device: to look at once would make the host wait."""
+        ids = inputs["input_ids"][0, :_NAMED].long()
+        here = F.pad(ids, (1, _NAMED - len(ids)), value=-1)
+        here[0] = self.state.global_step
+        if self._first_bad is None:
+            self._first_bad = torch.full_like(here, _NEVER)
+        bad = ~torch.isfinite(loss) & (self._first_bad[0] == _NEVER)
+        self._first_bad = torch.where(bad, here, self._first_bad)
+        if loss.device.type == "cpu":
+            self._stop_if_not_finite(self._first_bad)
 
-    def _stop_if_not_finite(self) -> None:
-        if self._first_bad_step is not None and torch.isfinite(self._first_bad_step):
-            raise NotFiniteError(
-                f"the loss was not finite at step {int(self._first_bad_step)}; the run stops, the last checkpoint in "
-                f"{self.args.output_dir} is from before it. Look at the teacher's outputs and the learning rate"
-            )
+    def _stop_if_not_finite(self, *found: Tensor) -> None:
+        step, *ids = min((record.tolist() for record in found), default=[_NEVER])
+        if step != _NEVER:
+            raise self._stopped(step, [i for i in ids if i >= 0], "the loss is not finite")
+
+    def _stopped(self, step: int, ids, problem: str) -> NotFiniteError:
+        return NotFiniteError(
+            f"step {step}, the batch whose first sequence begins with the ids {list(map(int, ids))}: {problem}. The "
+            f"run stops; checkpoints in {self.args.output_dir} are from before. Look at the teacher and the learning "
+            "rate"
+        )
+
+    def _stop_everywhere_if_not_finite(self) -> None:
+        """On every rank alike, or those that go on would wait for the one that stopped."""
+        if self._first_bad is not None:
+            self._stop_if_not_finite(*self.accelerator.gather(self._first_bad[None]))
 
     def log(self, logs, start_time=None):
-        if "loss" in logs and self._batches:
-            self._stop_if_not_finite()
-            logs |= {f"loss_{name}": round((total / self._batches).item(), 6) for name, total in self._sums.items()}
+        if "loss" in logs and self._steps:
+            self._stop_everywhere_if_not_finite()
+            means = self.accelerator.reduce(torch.stack(list(self._sums.values())) / self._steps, "mean").tolist()
+            logs |= {f"loss_{name}": mean for name, mean in zip(self._sums, means, strict=True)}
             logs |= self.extra_logs()
-            self._sums, self._batches = {}, 0
+            self._sums, self._steps = {}, 0.0
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial):
-        self._stop_if_not_finite()
+        self._stop_everywhere_if_not_finite()
         super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        # A finite loss can have had a gradient that was not: such a step must not take a good checkpoint's place.
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise NotFiniteError(
+                    f"{name} holds NaN or infinity after step {self.state.global_step}: it is not saved; checkpoints "
+                    f"in {self.args.output_dir} are from before. Look at the learning rate"
+                )
+        super().save_model(output_dir, _internal_call)
 
     def _get_train_sampler(self, train_dataset=None):
         lengths = self._lengths()
@@ -193,7 +237,11 @@ class DistillationTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedBatches(lengths, together, seed)
+        return LengthGroupedBatches(lengths, together, seed, lambda: int(self.state.epoch or 0))
+
+    def _get_eval_sampler(self, eval_dataset):
+        # transformers groups here too, and `predict` would return its predictions in that order.
+        return None
 
 
 def padding_share(lengths: list[int], batch_size: int, grouped: bool) -> float:

@@ -1,0 +1,167 @@
+"""Times several providers of one result against each other, and refuses those whose result is wrong."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from fastkd.benchmarks.accuracy import judge
+
+MIN_ROUNDS, MAX_ROUNDS = 7, 100
+PHASES = ("forward", "backward", "both", "no_grad")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a case's result.
+
+    forward() returns what backward(...) turns into the gradients of the case. `role` is "baseline", "fastkd" or
+    "limit": a limit does only the part of the work that nobody can avoid, so its result is not checked.
+    """
+
+    name: str
+    forward: Callable[[], Any]
+    backward: Callable[[Any], tuple[Tensor, ...]]
+    role: str = "baseline"
+    needs_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape and dtype of an op: the providers, and `exact(dtype)`, which gives the loss and its gradients eagerly.
+
+    `exact` must work in little memory, so that it can judge where the eager provider does not fit.
+    """
+
+    op: str
+    shape: dict[str, int | str]
+    length: int
+    tokens: int
+    dtype: torch.dtype
+    device: str
+    exact: Callable[[torch.dtype], tuple[Tensor, ...]]
+    providers: list[Provider] = field(default_factory=list)
+
+
+def measure(case: Case, budget: float = 30.0) -> list[dict]:
+    """One row per provider; times are milliseconds, memory bytes.
+
+    Args:
+        case: what to compute, and the providers to compare.
+        budget: seconds to spend on timing. Providers take turns in every round, so that whatever else the machine
+            does in the meantime hits them all; there are at least 7 rounds, however long they take.
+    """
+    exact, eager = case.exact(torch.float64), case.exact(case.dtype)
+    rows = {provider.name: _checked(case, provider, eager, exact) for provider in case.providers}
+    accepted = [provider for provider in case.providers if rows[provider.name]["status"] == "ok"]
+    for provider in accepted:
+        rows[provider.name]["peak_extra_bytes"] = peak_extra_bytes(lambda p=provider: _once(p), case.device)
+    times = _take_turns(accepted, case.device, budget)
+    for provider in accepted:
+        for phase in PHASES:
+            samples = [1e3 * taken[phase] for taken in times[provider.name]]
+            low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
+            rows[provider.name] |= {
+                f"{phase}_ms": statistics.median(samples), f"{phase}_p20_ms": low, f"{phase}_p80_ms": high,
+            }  # fmt: skip
+        rows[provider.name]["rounds"] = len(times[provider.name])
+    _add_fractions_of_the_limit(rows.values())
+    return list(rows.values())
+
+
+def _checked(case: Case, provider: Provider, eager: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict:
+    row = {
+        "op": case.op, "shape": case.shape, "length": case.length, "tokens": case.tokens,
+        "dtype": str(case.dtype).removeprefix("torch."), "provider": provider.name, "role": provider.role,
+        "status": "ok",
+    }  # fmt: skip
+    free = torch.cuda.mem_get_info()[0] if case.device == "cuda" else psutil.virtual_memory().available
+    if provider.needs_bytes > free:
+        gib = 2**30
+        return row | {"status": f"not run: needs about {provider.needs_bytes / gib:.0f} GiB, {free / gib:.0f} are free"}
+    result = provider.forward()
+    gradients = provider.backward(result)
+    if provider.role == "limit":
+        return row
+    verdicts = [judge(*three) for three in zip((result.detach(), *gradients), eager, exact, strict=True)]
+    row |= {"loss_error": verdicts[0].error, "gradient_error": max(verdict.error for verdict in verdicts[1:])}
+    wrong = [f"{what}: {v}" for what, v in zip(("loss", "gradient", "gradient"), verdicts, strict=False) if not v]
+    return row | ({"status": f"refused: {'; '.join(wrong)}"} if wrong else {})
+
+
+def _once(provider: Provider) -> None:
+    provider.backward(provider.forward())
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _timed(provider: Provider, device: str) -> dict[str, float]:
+    """Seconds of one forward and backward, and of one forward that knows no gradient is wanted."""
+    _synchronize(device)
+    start = time.perf_counter()
+    result = provider.forward()
+    _synchronize(device)
+    between = time.perf_counter()
+    provider.backward(result)
+    _synchronize(device)
+    end = time.perf_counter()
+    del result
+    with torch.no_grad():
+        again = time.perf_counter()
+        provider.forward()
+        _synchronize(device)
+        done = time.perf_counter()
+    return {"forward": between - start, "backward": end - between, "both": end - start, "no_grad": done - again}
+
+
+def _take_turns(providers: list[Provider], device: str, budget: float) -> dict[str, list[dict[str, float]]]:
+    times = {provider.name: [] for provider in providers}
+    gc.collect()
+    gc.disable()
+    try:
+        for provider in providers:  # compiles and fills caches
+            _timed(provider, device)
+        round_seconds = sum(sum(_timed(provider, device).values()) for provider in providers)
+        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget / max(round_seconds, 1e-9))))
+        for turn in range(rounds):
+            first = turn % max(len(providers), 1)  # nobody always follows the same neighbour's cache
+            for provider in providers[first:] + providers[:first]:
+                times[provider.name].append(_timed(provider, device))
+    finally:
+        gc.enable()
+    return times
+
+
+def peak_extra_bytes(compute: Callable[[], Any], device: str) -> int:
+    """The most that torch's allocator held during `compute` beyond what it held before."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        compute()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        compute()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _add_fractions_of_the_limit(rows) -> None:
+    limit = min((row["both_ms"] for row in rows if row["role"] == "limit" and "both_ms" in row), default=None)
+    for row in rows:
+        if limit is not None and "both_ms" in row:
+            row["fraction_of_limit"] = limit / row["both_ms"]

@@ -1,0 +1,13 @@
+"""`python -m fastkd.benchmarks.kernels`, the same as `fastkd bench kernels`."""
+
+import argparse
+import sys
+
+from fastkd.benchmarks.kernels import add_arguments, run
+
+parser = argparse.ArgumentParser("fastkd bench kernels")
+add_arguments(parser)
+try:
+    sys.exit(run(parser.parse_args()))
+except ValueError as error:
+    sys.exit(f"fastkd bench kernels: {error}")

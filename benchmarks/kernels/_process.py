@@ -1,0 +1,23 @@
+"""One op measured in this process, as `fastkd.benchmarks.kernels` starts it: OP DEVICE SHAPES FILE."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from fastkd.benchmarks import machine
+from fastkd.benchmarks.harness import measure
+
+
+def rows_of(op: str, device: str, shapes: str) -> list[dict]:
+    facts = machine.facts(device)
+    rows = []
+    for case in importlib.import_module(f"fastkd.benchmarks.kernels.{op}").cases(shapes, device):
+        print(f"  {case.shape} {case.dtype}", file=sys.stderr)
+        rows += [row | facts for row in measure(case, budget=0.2 if shapes == "tiny" else 30.0)]
+    return rows
+
+
+if __name__ == "__main__":
+    *what, path = sys.argv[1:]
+    Path(path).write_text(json.dumps(rows_of(*what)), encoding="utf-8")

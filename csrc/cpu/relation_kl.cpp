@@ -1,0 +1,140 @@
+// fastkd::relation_kl_cpp: the attention-relation KL and its student gradient on CPU. The schema and the formulas stand
+// in fastkd/ops/relation_kl.py. This file is compiled once per instruction set; the library that fits the CPU is loaded.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <numeric>
+#include <optional>
+#include <tuple>
+
+#include "relation_kl_strip.h"
+
+namespace fastkd {
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// Which rows of a (B, L, D) or packed (T, D) tensor are the tokens of sequence b.
+struct Batch {
+  const int64_t* starts;
+  const int32_t* lengths;
+  const int32_t* order;
+  int64_t order_stride;
+  int64_t size;
+
+  // Inputs are only read; for the gradients, which this file owns, the same addresses are written.
+  Tokens tokens(const Tensor& x, int64_t sequence, int64_t head, int64_t num_heads) const {
+    const int64_t bytes = x.element_size(), width = x.size(-1) / num_heads;
+    const int64_t first = (x.dim() == 3 ? sequence : starts[sequence]) * x.stride(0) + head * width;
+    return {static_cast<char*>(const_cast<void*>(x.const_data_ptr())) + first * bytes,
+            x.stride(-2) * bytes,
+            x.scalar_type(),
+            order ? order + sequence * order_stride : nullptr,
+            lengths[sequence],
+            width};
+  }
+};
+
+void check(const Batch& batch, const Tensor& x) {
+  for (int64_t b = 0; b < batch.size; ++b) {
+    const int64_t start = x.dim() == 3 ? 0 : batch.starts[b];
+    TORCH_CHECK(start >= 0 && batch.lengths[b] >= 0 && start + batch.lengths[b] <= x.size(-2), "relation_kl_cpp: sequence ",
+                b, " has ", batch.lengths[b], " tokens from row ", start, " on, of ", x.size(-2));
+  }
+}
+
+// The gradient of padding is zero. Padded tensors are cleared head by head, packed ones only where rows are left over.
+Tensor new_gradient(const MaybeTensor& of, const Batch& batch) {
+  Tensor grad = at::empty(of->sizes(), of->options().memory_format(at::MemoryFormat::Contiguous));
+  if (grad.dim() == 2 && std::accumulate(batch.lengths, batch.lengths + batch.size, int64_t{0}) < grad.size(0)) {
+    std::memset(grad.data_ptr(), 0, grad.nbytes());
+  }
+  return grad;
+}
+
+void clear_padding(const Tokens& grad, int64_t positions) {
+  for (int64_t i = grad.count; i < positions; ++i) {
+    std::memset(grad.at(i), 0, grad.width * c10::elementSize(grad.dtype));
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const MaybeTensor& student_right,
+                                               const Tensor& teacher, const MaybeTensor& teacher_right,
+                                               const Tensor& starts, const Tensor& lengths, const MaybeTensor& order,
+                                               int64_t /*max_length*/, int64_t num_heads, bool causal,
+                                               bool with_grad) {
+  const Tensor starts_ = starts.contiguous(), lengths_ = lengths.contiguous();
+  const MaybeTensor order_ = order ? MaybeTensor(order->contiguous()) : std::nullopt;
+  const Batch batch{starts_.const_data_ptr<int64_t>(), lengths_.const_data_ptr<int32_t>(),
+                    order_ ? order_->const_data_ptr<int32_t>() : nullptr, order_ ? order_->size(1) : 0, lengths_.size(0)};
+  check(batch, student);
+
+  const bool cross = student_right.has_value();
+  Tensor losses = at::empty({batch.size}, lengths.options().dtype(at::kFloat));
+  Tensor grad = with_grad ? new_gradient(student, batch) : at::empty({0}, student.options());
+  Tensor grad_right = with_grad && cross ? new_gradient(student_right, batch) : at::empty({0}, student.options());
+
+  std::vector<int64_t> longest_first(batch.size);
+  std::iota(longest_first.begin(), longest_first.end(), 0);
+  std::stable_sort(longest_first.begin(), longest_first.end(),
+                   [&](int64_t a, int64_t b) { return batch.lengths[a] > batch.lengths[b]; });
+  const Relation relation{batch.size ? batch.lengths[longest_first[0]] : 0,
+                          student.size(-1) / num_heads,
+                          teacher.size(-1) / num_heads,
+                          cross,
+                          causal,
+                          with_grad};
+  const Plan plan = plan_of(relation);
+
+  // A head is computed by one thread, and its result does not depend on which: the sums over heads are taken in their
+  // order afterwards, so that the loss is the same for every number of threads.
+  std::vector<double> divergences(batch.size * num_heads);
+  std::atomic<int64_t> next{0};
+  const int64_t tasks = batch.size * num_heads;
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(plan.floats * sizeof(float));
+    Arena arena(static_cast<float*>(scratch.get()));
+    StripForm form(arena, relation, plan.keep);
+    for (int64_t task = next++; task < tasks; task = next++) {
+      const int64_t b = longest_first[task / num_heads], h = task % num_heads;
+      Head head;
+      head.student = batch.tokens(student, b, h, num_heads);
+      head.teacher = batch.tokens(teacher, b, h, num_heads);
+      if (cross) {
+        head.student_right = batch.tokens(*student_right, b, h, num_heads);
+        head.teacher_right = batch.tokens(*teacher_right, b, h, num_heads);
+      }
+      if (with_grad) {
+        head.grad = batch.tokens(grad, b, h, num_heads);
+        clear_padding(head.grad, grad.dim() == 3 ? grad.size(1) : 0);
+      }
+      if (with_grad && cross) {
+        head.grad_right = batch.tokens(grad_right, b, h, num_heads);
+        clear_padding(head.grad_right, grad.dim() == 3 ? grad.size(1) : 0);
+      }
+      divergences[b * num_heads + h] = form.run(head);
+    }
+  });
+
+  for (int64_t b = 0; b < batch.size; ++b) {
+    const double* heads = divergences.data() + b * num_heads;
+    const int64_t rows = std::max<int64_t>(batch.lengths[b], 1);
+    losses.mutable_data_ptr<float>()[b] =
+        static_cast<float>(std::accumulate(heads, heads + num_heads, 0.0) / static_cast<double>(num_heads * rows));
+  }
+  return {losses, grad, grad_right};
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("relation_kl_cpp", relation_kl);
+}
+
+} // namespace fastkd
