@@ -34,33 +34,39 @@ def _against_length(rows: list[dict], value: Callable[[dict], float], label: str
         other = {name: size for name, size in row["shape"].items() if name not in ("length", "sequences")}
         title = ", ".join(f"{name} {size}" for name, size in other.items()) + f", {row['dtype']}"
         panels[title][row["provider"]].append((row["length"], value(row)))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
-    for axis, (title, lines) in zip(axes[0], sorted(panels.items()), strict=True):
+    columns = min(4, len(panels))
+    lines_of_panels = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        lines_of_panels, columns, figsize=(4.5 * columns, 3.6 * lines_of_panels), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, lines) in zip(axes.flat, sorted(panels.items()), strict=False):
         for provider, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=provider)
-        axis.set(
-            title=title, xlabel="length", ylabel=label, xscale="log", yscale="symlog" if "bytes" in label else "log"
-        )
-        axis.title.set_fontsize(8)
-    axes[0][-1].legend(fontsize=8)
+        axis.set_title(title, fontsize=8)
+        axis.set(xlabel="length", ylabel=label, yscale="log")
+        axis.set_xscale("log", base=2)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     return _saved(figure, path)
 
 
 def _ratio_bars(rows: list[dict], path: Path) -> Path:
     from matplotlib import pyplot
 
-    bars = [
-        (f"{title_of(row)}: {row['provider']}", ratios(group)[row["provider"]])
-        for group in by_case(rows)
-        for row in group
-        if row["role"] == "baseline" and row["provider"] in ratios(group)
-    ]
-    figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.22 * len(bars)), layout="constrained")
-    axis.barh([name for name, _ in bars], [ratio for _, ratio in bars])
+    cases = [(title_of(group[0]), ratios(group)) for group in by_case(rows) if ratios(group)]
+    providers = list(dict.fromkeys(row["provider"] for row in rows if row["role"] == "baseline"))
+    figure, axis = pyplot.subplots(figsize=(10, 2 + 0.16 * len(cases) * (len(providers) + 1)), layout="constrained")
+    for nth, provider in enumerate(providers):
+        places = [case * (len(providers) + 1) + nth for case in range(len(cases))]
+        axis.barh(places, [relative.get(provider, 0) for _, relative in cases], height=0.9, label=provider)
+    middles = [case * (len(providers) + 1) + (len(providers) - 1) / 2 for case in range(len(cases))]
+    axis.set_yticks(middles, [title for title, _ in cases], fontsize=7)
     axis.axvline(1, color="black", linewidth=1)
-    axis.set(xlabel="times as long as fastkd, forward and backward (left of the line fastkd loses)")
-    axis.tick_params(axis="y", labelsize=7)
+    axis.set(xlabel="time, forward and backward, as a multiple of fastkd's (below 1 fastkd loses)")
     axis.invert_yaxis()
+    axis.legend(fontsize=8)
     return _saved(figure, path)
 
 

@@ -77,7 +77,7 @@ def print_tables(rows: list[dict], allocators: list[str], console: Console | Non
     """A table of medians for each case under the first allocator, then the ratios of all cases under each."""
     console = console or Console()
     if not console.is_terminal:
-        console.width = 140
+        console.width = 160
     measured = {name: [row for row in rows if row["allocator"] == name] for name in allocators}
     quoted = measured[allocators[0]]
     for group in by_case(quoted):
@@ -110,9 +110,11 @@ def _medians(group: list[dict]) -> Table:
 
 def _ratios_of_all(measured: dict[str, list[dict]]) -> Table:
     quoted, *others = measured
+    first_row = measured[quoted][0]
     beside = f" (in brackets: {', '.join(others)} malloc)" if others else ""
     table = Table(title=f"both, as a multiple of fastkd's time; {quoted}{beside}", title_justify="left")
-    table.add_column("case")
+    for heading in (*first_row["shape"], "dtype"):
+        table.add_column(heading)
     names = list(dict.fromkeys(row["provider"] for row in measured[quoted]))
     for name in names:
         table.add_column(name, justify="right")
@@ -122,5 +124,5 @@ def _ratios_of_all(measured: dict[str, list[dict]]) -> Table:
         for name in names:
             first, *rest = (f"{of[name]:.2f}" if name in of else "" for of in relative)
             cells.append(f"{first} ({', '.join(rest)})" if any(rest) else first)
-        table.add_row(title_of(groups[0][0]), *cells)
+        table.add_row(*map(str, groups[0][0]["shape"].values()), groups[0][0]["dtype"], *cells)
     return table

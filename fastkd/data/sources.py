@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets, load_dataset
 
 _SPLIT_NAMES = {
@@ -24,8 +25,13 @@ def _delimited(path: str, separator: str, quoting: int) -> Dataset:
     return Dataset.from_pandas(frame, preserve_index=False)
 
 
+def _parquet(path: str) -> Dataset:
+    # datasets cannot read a file of no rows.
+    return Dataset.from_parquet(path) if pq.read_metadata(path).num_rows else Dataset(pq.read_table(path))
+
+
 _READERS: dict[str, Callable[[str], Dataset]] = {
-    ".parquet": Dataset.from_parquet,
+    ".parquet": _parquet,
     ".json": Dataset.from_json,
     ".jsonl": Dataset.from_json,
     ".csv": lambda path: _delimited(path, ",", csv.QUOTE_MINIMAL),

@@ -201,10 +201,10 @@ def evaluate(model, task, tokens, tokenizer) -> dict[str, float]:
 
 def check_folder(folder: Path, identity: dict, overwrite: bool) -> None:
     """Raise a ValueError where `folder` holds another run, or other files, and `overwrite` is not set."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={folder} is a file; name a folder")
     if overwrite or not folder.exists():
         return
-    if not folder.is_dir():
-        raise ValueError(f"output_dir={folder} is a file; name a folder")
     record = folder / _RECORD
     before = json.loads(record.read_text()) if record.is_file() else None
     if before is None and any(folder.iterdir()):

@@ -22,7 +22,7 @@ def read_settings(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()
         overrides: words `key=value`; `section.key=value` reaches into a section. Values are read as YAML.
 
     Raises:
-        ValueError: no such recipe, no such file, a file that holds no mapping, or a word without `=`.
+        ValueError: no such recipe, no such file, a file that is no YAML or holds no mapping, or a word without `=`.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -31,7 +31,10 @@ def read_settings(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()
         raise ValueError(
             f"no recipe {name_or_path!r}; shipped are {', '.join(shipped_recipes())}, or give the path of a YAML file"
         )
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no `key: value` settings")
     for word in overrides:

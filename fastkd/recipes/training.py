@@ -188,8 +188,11 @@ class DistillationTrainer(Trainer):
             self._first_bad = torch.full_like(here, _NEVER)
         bad = ~torch.isfinite(loss) & (self._first_bad[0] == _NEVER)
         self._first_bad = torch.where(bad, here, self._first_bad)
-        if loss.device.type == "cpu":
+        if self._reads_losses_at_once(loss):
             self._stop_if_not_finite(self._first_bad)
+
+    def _reads_losses_at_once(self, loss: Tensor) -> bool:
+        return loss.device.type == "cpu"
 
     def _stop_if_not_finite(self, *found: Tensor) -> None:
         step, *ids = min((record.tolist() for record in found), default=[_NEVER])

@@ -30,16 +30,23 @@ SHAPES = {
 }
 
 
+def skip_what_is_too_wide(backend, *widths):
+    if backend.name == "triton" and max(widths) > 128:
+        pytest.skip("the Triton kernel takes relation heads up to 128 wide")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_self_relation_is_right_in_every_shape(draw, check, shape, dtype):
+def test_self_relation_is_right_in_every_shape(draw, check, backend, shape, dtype):
     batch, length, heads, width, teacher_width = shape
+    skip_what_is_too_wide(backend, width, teacher_width)
     check(*draw(batch, length, (heads * width, heads * teacher_width), dtype=dtype), heads)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_causal_self_relation_is_right_in_every_shape(draw, check, shape):
+def test_causal_self_relation_is_right_in_every_shape(draw, check, backend, shape):
     batch, length, heads, width, teacher_width = shape
+    skip_what_is_too_wide(backend, width, teacher_width)
     check(*draw(batch, length, (heads * width, heads * teacher_width)), heads, causal=True)
 
 

@@ -1,0 +1,78 @@
+"""Tiny runs of both stages and of the whole recipe, alone or as the ranks of torchrun: see test_two_processes.py.
+
+  torchrun --nproc-per-node 2 ranks.py FOLDER
+
+FOLDER holds a teacher with its tokenizer, the tokenized task, windows of text, and the settings of a recipe. Every rank
+leaves its parameters and logs there.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import DatasetDict
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import fastkd
+from fastkd.recipes import (
+    ArcStageAConfig,
+    ArcStageATrainer,
+    ArcStageBConfig,
+    ArcStageBTrainer,
+    run_recipe,
+    stage_b_encoder,
+)
+
+
+def make_trainer(stage: str, folder: Path, batch: int, dropout: float = 0.0, **changes):
+    """A trainer of "a" or "b" on what lies in `folder`, with `batch` sequences per process."""
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    teacher = AutoModelForSequenceClassification.from_pretrained(folder / "teacher", **rates)
+    student = fastkd.create_student(teacher, layers=2)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    settings = {"bf16": False, "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+    settings |= {"optim": "sgd", "learning_rate": 0.5, "per_device_train_batch_size": batch, "max_steps": 8} | changes
+    data = DatasetDict.load_from_disk(folder / "data")
+    if stage == "a":
+        config = ArcStageAConfig(relation_heads=8, **settings)
+        return ArcStageATrainer(
+            student, config, teacher=teacher, processing_class=tokenizer, train_dataset=data["windows"]
+        )
+    config = ArcStageBConfig(soft_weight=0.5, **settings)
+    encoder = stage_b_encoder(teacher, student, config, config.max_steps)
+    return ArcStageBTrainer(encoder, config, processing_class=tokenizer, train_dataset=data["train"])
+
+
+def losses(trainer) -> dict[int, dict[str, float]]:
+    """The loss and every term of each step."""
+    return {
+        line["step"]: {name: value for name, value in line.items() if name.startswith("loss")}
+        for line in trainer.state.log_history
+        if "loss" in line
+    }
+
+
+def main(folder: Path) -> None:
+    found = {}
+    for stage in "ab":
+        trainer = make_trainer(stage, folder, 16, output_dir=str(folder / stage))
+        trainer.train()
+        rank = trainer.args.process_index
+        torch.save(trainer.model.state_dict(), folder / f"{stage}-{rank}.pt")
+        found[stage] = losses(trainer)
+
+        # Into the second epoch, with dropout: 330 sequences make eleven steps.
+        long = {"dropout": 0.1, "max_steps": 15, "output_dir": str(folder / f"{stage}-long")}
+        whole = make_trainer(stage, folder, 16, save_strategy="steps", save_steps=13, save_total_limit=None, **long)
+        whole.train()
+        resumed = make_trainer(stage, folder, 16, **long)
+        resumed.train(resume_from_checkpoint=str(folder / f"{stage}-long" / "checkpoint-13"))
+        found[f"{stage}-long"] = losses(whole)
+        found[f"{stage}-resumed"] = losses(resumed)
+    found["results"] = run_recipe(json.loads((folder / "recipe.json").read_text()))
+    (folder / f"found-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

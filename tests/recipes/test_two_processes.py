@@ -1,0 +1,79 @@
+"""Two processes over gloo equal one process with the same global batch."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import DatasetDict
+
+_SCRIPT = Path(__file__).with_name("ranks.py")
+_spec = importlib.util.spec_from_file_location("ranks", _SCRIPT)
+ranks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ranks)
+
+
+@pytest.fixture(scope="module")
+def folder(make_teacher, tokenizer, tokens, windows, recipe_settings, tmp_path_factory):
+    """What two ranks left behind."""
+    folder = tmp_path_factory.mktemp("ranks")
+    make_teacher().save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    DatasetDict({"train": tokens["train"], "windows": windows}).save_to_disk(folder / "data")
+    (folder / "recipe.json").write_text(json.dumps(recipe_settings(output_dir=str(folder / "recipe"))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*command, str(_SCRIPT), str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module", params="ab")
+def stage(request):
+    return request.param
+
+
+def test_two_processes_equal_one(folder, found, stage):
+    alone = ranks.make_trainer(stage, folder, 32, output_dir=str(folder / f"{stage}-alone"))
+    start = {name: tensor.clone() for name, tensor in alone.model.state_dict().items()}
+    alone.train()
+    together = torch.load(folder / f"{stage}-0.pt")
+    for name, tensor in alone.model.state_dict().items():
+        torch.testing.assert_close(together[name], tensor, atol=1e-6, rtol=0, msg=name)
+    assert max((tensor - start[name]).abs().max() for name, tensor in alone.model.state_dict().items()) > 1e-3
+    for step, terms in ranks.losses(alone).items():
+        assert found[0][stage][str(step)] == pytest.approx(terms, abs=1e-6)
+
+
+def test_both_ranks_hold_and_log_the_same(folder, found, stage):
+    first, second = (torch.load(folder / f"{stage}-{rank}.pt") for rank in (0, 1))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert found[0][stage] == found[1][stage]
+
+
+def test_a_run_of_two_processes_resumes_exactly_in_its_second_epoch(found, stage):
+    whole, resumed = found[0][f"{stage}-long"], found[0][f"{stage}-resumed"]
+    for step in ("14", "15"):
+        assert resumed[step] == whole[step]
+
+
+def test_the_whole_recipe_runs_in_two_processes(folder, found):
+    assert found[0]["results"] == found[1]["results"]
+    assert json.loads((folder / "recipe" / "results.json").read_text()) == found[0]["results"]
+    for step in ("teacher", "stage_a", "student"):
+        assert (folder / "recipe" / step / "done.json").is_file()
