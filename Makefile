@@ -15,7 +15,7 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/ruff format --check .
 
 # torch comes first and the build is not isolated: the compiled part belongs to the torch that is installed.
 $(STAMP): $(SOURCES)

@@ -41,15 +41,19 @@ def checked_load(anyway: bool) -> float:
     return load
 
 
-def facts(device: str) -> dict[str, str | int]:
-    """What every row of a result file says about its machine and its code."""
+def facts(device: str, threads: int) -> dict[str, str | int]:
+    """What every row of a result file says about its machine and its code.
+
+    Raises:
+        ValueError: the package that names the CPU is not installed.
+    """
     cpu = _cpu_name()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "cpu": cpu,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -58,13 +58,14 @@ def main(
         raise ValueError("device='cuda', but torch sees no CUDA device")
     load = machine.checked_load(anyway)
     threads = threads or torch.get_num_threads()
+    facts = machine.facts(device, threads)
     wrong = False
     for name in OPS if op is None else (op,):
         environments = machine.allocators(device)
         rows = []
         for allocator, environment in environments.items():
             found = _in_own_process(name, device, shapes, threads, allocator, environment)
-            rows += [row | {"allocator": allocator, "load": load, "anyway": anyway} for row in found]
+            rows += [row | facts | {"allocator": allocator, "load": load, "anyway": anyway} for row in found]
         write_csv(Path(out) / f"{name}-{device}.csv", rows)
         quoted = next(iter(environments))
         save_plots([row for row in rows if row["allocator"] == quoted], Path(out), f"{name}-{device}")

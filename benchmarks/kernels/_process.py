@@ -5,16 +5,14 @@ import json
 import sys
 from pathlib import Path
 
-from fastkd.benchmarks import machine
 from fastkd.benchmarks.harness import measure
 
 
 def rows_of(op: str, device: str, shapes: str) -> list[dict]:
-    facts = machine.facts(device)
     rows = []
     for case in importlib.import_module(f"fastkd.benchmarks.kernels.{op}").cases(shapes, device):
         print(f"  {case.shape} {case.dtype}", file=sys.stderr)
-        rows += [row | facts for row in measure(case, budget=0.2 if shapes == "tiny" else 30.0)]
+        rows += measure(case, budget=0.2 if shapes == "tiny" else 30.0)
     return rows
 
 

@@ -20,8 +20,9 @@ import torch
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
-# Why an op cannot run on a backend for this device and dtype; None where it can.
-Support = Callable[[torch.device, torch.dtype], str | None]
+# Why an op cannot run on a backend for tensors of this device, dtype and width; None where it can. The width is that of
+# the rows the kernel works on (one relation head, for relation_kl); 0 asks about ordinary ones.
+Support = Callable[[torch.device, torch.dtype, int], str | None]
 
 _logger = logging.getLogger("fastkd")
 _told: set[str] = set()
@@ -51,13 +52,13 @@ def preferences(op: str, device: torch.device) -> tuple[str, ...]:
     return _preferences[op].get(device.type, ("reference",))
 
 
-def missing_reason(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `op` cannot run on `backend` for tensors of this device and dtype, or None where it can."""
+def missing_reason(op: str, backend: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str | None:
+    """Why `op` cannot run on `backend` for tensors of this device, dtype and width, or None where it can."""
     support = _supports[op].get(backend)
-    return f"{op} has no {backend} implementation" if support is None else support(device, dtype)
+    return f"{op} has no {backend} implementation" if support is None else support(device, dtype, width)
 
 
-def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str:
     """The backend that runs: the explicit choice if there is one, else the first of the device's preferences that can.
 
     Raises:
@@ -68,12 +69,12 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     if asked == "auto":
         asked = _default
     if asked != "auto":
-        reason = missing_reason(op, asked, device, dtype)
+        reason = missing_reason(op, asked, device, dtype, width)
         if reason is not None:
             raise RuntimeError(f"{op}: backend={asked!r} was asked for but cannot run: {reason}")
         return asked
     for name in preferences(op, device):
-        reason = missing_reason(op, name, device, dtype)
+        reason = missing_reason(op, name, device, dtype, width)
         if reason is None:
             return name
         if not torch.compiler.is_compiling():

@@ -148,7 +148,7 @@ _library.impl("relation_kl_triton", _triton, "CUDA")
 _OPS = {name: getattr(torch.ops.fastkd, f"relation_kl_{name}").default for name in _KERNEL_BACKENDS}
 
 
-def _cpp_support(device: torch.device, dtype: torch.dtype) -> str | None:
+def _cpp_support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     if device.type != "cpu":
         return f"the C++ kernel runs on the CPU, the tensors are on {device.type}"
     if dtype not in _KERNEL_DTYPES:
@@ -156,17 +156,19 @@ def _cpp_support(device: torch.device, dtype: torch.dtype) -> str | None:
     return backends.cpu_library_missing
 
 
-def _triton_support(device: torch.device, dtype: torch.dtype) -> str | None:
+def _triton_support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     if device.type != "cuda":
         return f"the Triton kernel runs on CUDA devices, the tensors are on {device.type}"
     if dtype not in _KERNEL_DTYPES:
         return f"the Triton kernel takes float32, bfloat16 and float16, not {dtype}"
+    if width > 128:
+        return f"the Triton kernel takes relation heads up to 128 wide, not {width}"
     return None if backends.triton_installed else "triton is not installed"
 
 
 backends.register(
     "relation_kl",
-    {"reference": lambda device, dtype: None, "cpp": _cpp_support, "triton": _triton_support},
+    {"reference": lambda device, dtype, width: None, "cpp": _cpp_support, "triton": _triton_support},
     {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
 )
 
@@ -271,8 +273,9 @@ def relation_kl(
         raise ValueError(f"reduction={reduction!r}; allowed are 'mean', 'sum' and 'none'")
     x = lefts["student"]
     # A double-precision teacher asks for the same backends as a double-precision student.
-    widest = max(x.dtype, lefts["teacher"].dtype, key=lambda dtype: dtype == torch.float64)
-    chosen = backends.resolve("relation_kl", backend, x.device, widest)
+    dtype = torch.float64 if torch.float64 in (x.dtype, lefts["teacher"].dtype) else x.dtype
+    width = max(operand.shape[-1] for operand in lefts.values()) // num_heads
+    chosen = backends.resolve("relation_kl", backend, x.device, dtype, width)
     starts, lengths, order, longest = sequences.layout(x, mask, cu_seqlens, max_seqlen)
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, rights.get("student")) if t is not None)
     losses, _, _ = _RelationKL.apply(

@@ -103,7 +103,7 @@ def run_demo(out: str | Path, seed: int = 0, *, task: Task | None = None, settin
     _check_out(out)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}; allowed are 0 to 2^32 - 1")
-    console = Console()
+    console = Console(highlight=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Everything is made beside `out` and takes its place at the end: a run that is stopped leaves nothing.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch, _quiet():
@@ -325,7 +325,7 @@ def show(results: dict, out: Path, console: Console) -> None:
     """The table, the claims, and what they do not say."""
     table = Table(box=box.SIMPLE)
     table.add_column(no_wrap=True)
-    for column in ("balanced\naccuracy %", "agrees with\nteacher %", "parameters", "MB on\ndisk", "p50\nlatency ms"):
+    for column in ("balanced\naccuracy %", "agrees with\nteacher %", "parameters", "MB on\ndisk", "latency\np50 ms"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, figures in results["models"].items():
         table.add_row(
@@ -345,7 +345,7 @@ def show(results: dict, out: Path, console: Console) -> None:
     for claim, holds in results["checks"].items():
         console.print(f"[green]holds[/green]  {claim}" if holds else f"[bold red]FAILS[/bold red]  {claim}")
     minutes, seconds = divmod(round(results["seconds"]), 60)
-    console.print(f"\nTook {minutes} min {seconds} s. Models, plots and {_RESULTS} are in {out}", highlight=False)
+    console.print(f"\nTook {minutes} min {seconds} s. Models, plots and {_RESULTS} are in {out}")
 
 
 def _check_out(out: Path) -> None:

@@ -88,9 +88,9 @@ def make_teacher(tokenizer):
 
 @pytest.fixture(scope="session")
 def teacher_folder(make_teacher, tokenizer, tmp_path_factory):
-    """The untrained teacher as a user would have it on disk."""
+    """A pretrained encoder as a user would have it on disk: without a head for the task."""
     folder = tmp_path_factory.mktemp("teacher")
-    make_teacher().save_pretrained(folder)
+    make_teacher().bert.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
