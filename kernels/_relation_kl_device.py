@@ -13,6 +13,13 @@ divergence of a row is added up from scores relative to their maxima, u and v = 
 
     KL / ln 2 = Σ_j exp2(u_j) (u_j − v_j) / Σ_j exp2(u_j) − z_teacher + z_student
 
+A self relation without `causal` is symmetric, and the gradient asks for P_ij + P_ji: one exponential serves both,
+
+    P_ij + P_ji = exp2(t_ij) (e_i + e_j),    t_ij = (a_ij − a_00) · c,    e_i = exp2(−t at the maximum of row i − z_i),
+
+unless some e_i leaves fp32's range. The first sweep stores (e_i · 2^14, −1) for a row in range, (m, z) for another; a
+head with a row out of range takes two exponentials per pair.
+
 In names, `_s` belongs to the student and `_t` to the teacher. The owner is the operand whose rows a program is
 responsible for, the other is the one it walks over: left and right, and for dRight right and left.
 """
@@ -26,9 +33,9 @@ import triton.language as tl
 _MASKED = tl.constexpr(-1e30)
 _LN_2 = tl.constexpr(math.log(2))
 # G shrinks with the length of the sequence and would fall among fp16's subnormals. |G + Gᵀ| ≤ 2 stays in range.
-_G_SCALE = tl.constexpr(2.0**14)
-# Largest spread of a head's row maxima (log2) for which the factors of `_symmetric` neither overflow nor underflow.
-_SPREAD = tl.constexpr(120.0)
+_G_SCALE, _G_LOG = tl.constexpr(2.0**14), tl.constexpr(14.0)
+# How far (log2) a row's log-sum-exp may lie from that of the first token for the factors below to stay in fp32's range.
+_NARROW = tl.constexpr(80.0)
 
 # What may change from batch to batch: none of it may become part of what a kernel is compiled for.
 _RUNTIME = (
@@ -158,10 +165,11 @@ def row_sweep(
     p_own_s, s_own_s, s_own_seq_s, p_other_s, s_other_s, s_other_seq_s,
     p_own_t, s_own_t, s_own_seq_t, p_other_t, s_other_t, s_other_seq_t,
     p_starts, p_lengths, p_order, s_order, p_partial, s_partial, s_partial_seq,
-    p_stats, s_stats, s_stats_seq, C_S, C_T, MAX_LENGTH, HEADS, BLOCKS,
+    p_origin, p_stats, s_stats, s_stats_seq, C_S, C_T, MAX_LENGTH, HEADS, BLOCKS,
     WIDTH_S: tl.constexpr, PADDED_S: tl.constexpr, UNIT_S: tl.constexpr,
     WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr, UNIT_T: tl.constexpr,
-    OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr, WITH_GRAD: tl.constexpr, UPCAST: tl.constexpr,
+    OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr,
+    WITH_GRAD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     i_seq, i_head = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) % BLOCKS * OWN
@@ -209,6 +217,17 @@ def row_sweep(
     p_partial += i_head * s_partial + i_seq * s_partial_seq + start // OWN + first // OWN
     tl.store(p_partial, tl.sum(b_kl, 0) * _LN_2)
     if WITH_GRAD:
+        if SYMMETRIC:
+            o_first = tl.arange(0, 1)
+            o_rows = _positions(p_order, s_order, i_seq, o_first, LENGTH)
+            b_s = _load_rows(p_own_s, s_own_s, s_own_seq_s, place, o_rows, o_first == 0, WIDTH_S, PADDED_S, UNIT_S)
+            b_t = _load_rows(p_own_t, s_own_t, s_own_seq_t, place, o_rows, o_first == 0, WIDTH_T, PADDED_T, UNIT_T)
+            origin_s, origin_t = _squared_norm(b_s), _squared_norm(b_t)
+            b_max_s, b_log_s = _factors(b_max_s, b_log_s, origin_s, C_S)
+            b_max_t, b_log_t = _factors(b_max_t, b_log_t, origin_t, C_T)
+            # Every block of rows finds the same values.
+            tl.store(p_origin + (i_seq * HEADS + i_head) * 2, origin_s)
+            tl.store(p_origin + (i_seq * HEADS + i_head) * 2 + 1, origin_t)
         p_rows = p_stats + i_head * s_stats + i_seq * s_stats_seq + start + o_own
         tl.store(p_rows, b_max_s, mask=b_own)
         tl.store(p_rows + HEADS * s_stats, b_log_s, mask=b_own)
@@ -217,41 +236,45 @@ def row_sweep(
 
 
 @triton.jit
-def _load_stats(p_rows, s_plane, o_tokens, LENGTH):
-    """m and z of the student, m and z of the teacher."""
-    p_tokens, b_valid = p_rows + o_tokens, o_tokens < LENGTH
-    b_max_s = tl.load(p_tokens, mask=b_valid, other=0.0)
-    b_log_s = tl.load(p_tokens + s_plane, mask=b_valid, other=0.0)
-    b_max_t = tl.load(p_tokens + 2 * s_plane, mask=b_valid, other=0.0)
-    b_log_t = tl.load(p_tokens + 3 * s_plane, mask=b_valid, other=0.0)
-    return b_max_s, b_log_s, b_max_t, b_log_t
+def _squared_norm(b_first):
+    b_first = b_first.to(tl.float32)
+    return tl.sum(tl.sum(b_first * b_first, 1), 0)
 
 
 @triton.jit
-def _middle(p_max, LENGTH, C, CHUNK: tl.constexpr):
-    """The middle of a head's row maxima, and whether they lie close enough together for `_symmetric`."""
-    b_low = tl.full((CHUNK,), -_MASKED, tl.float32)
-    b_high = tl.full((CHUNK,), _MASKED, tl.float32)
+def _factors(b_max, b_log, origin, C):
+    """(e · 2^14, −1) for the rows where e is in range, (m, z) for the others."""
+    b_t = b_max * C - origin * C
+    b_narrow = tl.abs(b_t) + b_log < _NARROW
+    return tl.where(b_narrow, tl.exp2(-b_t) * tl.exp2(-b_log) * _G_SCALE, b_max), tl.where(b_narrow, -1.0, b_log)
+
+
+@triton.jit
+def _maxima(b_first, b_second, origin):
+    """m and z from what `_factors` gives; of a row in range the origin stands for m."""
+    b_narrow = b_second < 0.0
+    b_log_e = tl.log2(tl.where(b_narrow, b_first, 1.0))
+    return tl.where(b_narrow, origin, b_first), tl.where(b_narrow, _G_LOG - b_log_e, b_second)
+
+
+@triton.jit
+def _all_narrow(p_second, LENGTH, CHUNK: tl.constexpr):
+    b_largest = tl.full((CHUNK,), -1.0, tl.float32)
     for i_chunk in range(0, LENGTH, CHUNK):
         o_tokens = i_chunk + tl.arange(0, CHUNK)
-        b_low = tl.minimum(b_low, tl.load(p_max + o_tokens, mask=o_tokens < LENGTH, other=-_MASKED))
-        b_high = tl.maximum(b_high, tl.load(p_max + o_tokens, mask=o_tokens < LENGTH, other=_MASKED))
-    low, high = tl.min(b_low, 0), tl.max(b_high, 0)
-    return low + (high - low) * 0.5, (high - low) * C < _SPREAD
+        b_largest = tl.maximum(b_largest, tl.load(p_second + o_tokens, mask=o_tokens < LENGTH, other=-1.0))
+    return tl.max(b_largest, 0) < 0.0
 
 
 @triton.jit
-def _probabilities(b_scores, b_max, b_log, C):
-    return tl.exp2((b_scores - b_max) * C - b_log)
+def _load_stats(p_rows, o_tokens, LENGTH):
+    return tl.load(p_rows + o_tokens, mask=o_tokens < LENGTH, other=0.0)
 
 
 @triton.jit
-def _symmetric(b_scores, middle, C, b_max_own, b_log_own, b_max_other, b_log_other):
-    """P_ij + P_ji by one exponential: with h half a row's log-sum-exp they are exp2(a − h_i − h_j) · exp2(±(h_i − h_j))."""
-    b_own = ((b_max_own - middle) * C + b_log_own) * 0.5
-    b_other = ((b_max_other - middle) * C + b_log_other) * 0.5
-    b_ratio = tl.exp2(b_own) * tl.exp2(-b_other) + tl.exp2(-b_own) * tl.exp2(b_other)
-    return tl.exp2((b_scores - middle) * C - b_own - b_other) * b_ratio
+def _difference(b_s, b_max_s, b_log_s, C_S, b_t, b_max_t, b_log_t, C_T):
+    """(S − P) · 2^14"""
+    return (tl.exp2((b_s - b_max_s) * C_S - b_log_s) - tl.exp2((b_t - b_max_t) * C_T - b_log_t)) * _G_SCALE
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -259,7 +282,7 @@ def gradient_sweep(
     p_own_s, s_own_s, s_own_seq_s, p_other_s, s_other_s, s_other_seq_s,
     p_own_t, s_own_t, s_own_seq_t, p_other_t, s_other_t, s_other_seq_t,
     p_starts, p_lengths, p_order, s_order, p_grad, s_grad, s_grad_seq,
-    p_stats, s_stats, s_stats_seq, C_S, C_T, MAX_LENGTH, HEADS, BLOCKS,
+    p_origin, p_stats, s_stats, s_stats_seq, C_S, C_T, MAX_LENGTH, HEADS, BLOCKS,
     WIDTH_S: tl.constexpr, PADDED_S: tl.constexpr, UNIT_S: tl.constexpr,
     WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr, UNIT_T: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -278,9 +301,14 @@ def gradient_sweep(
     o_rows_own = _positions(p_order, s_order, i_seq, o_own, LIMIT)
     b_own_s = _load_rows(p_own_s, s_own_s, s_own_seq_s, place, o_rows_own, b_own, WIDTH_S, PADDED_S, UNIT_S)
     b_own_t = _load_rows(p_own_t, s_own_t, s_own_seq_t, place, o_rows_own, b_own, WIDTH_T, PADDED_T, UNIT_T)
-    p_rows = p_stats + i_head * s_stats + i_seq * s_stats_seq + start
-    s_plane = HEADS * s_stats
-    b_max_s, b_log_s, b_max_t, b_log_t = _load_stats(p_rows, s_plane, o_own[:, None], LENGTH)
+    p_max_s = p_stats + i_head * s_stats + i_seq * s_stats_seq + start
+    p_log_s = p_max_s + HEADS * s_stats
+    p_max_t = p_log_s + HEADS * s_stats
+    p_log_t = p_max_t + HEADS * s_stats
+    b_max_s = _load_stats(p_max_s, o_own[:, None], LENGTH)
+    b_log_s = _load_stats(p_log_s, o_own[:, None], LENGTH)
+    b_max_t = _load_stats(p_max_t, o_own[:, None], LENGTH)
+    b_log_t = _load_stats(p_log_t, o_own[:, None], LENGTH)
 
     begin = first if CAUSAL and not ROWS else 0
     end = LENGTH
@@ -288,43 +316,61 @@ def gradient_sweep(
         end = tl.minimum(first + OWN, LENGTH)
     if first >= LENGTH:  # a block of padding walks over nothing and writes zeros
         end = begin
-    if ROWS and COLUMNS and not CAUSAL:
-        middle_s, narrow_s = _middle(p_rows, end, C_S, 1024)
-        middle_t, narrow_t = _middle(p_rows + 2 * s_plane, end, C_T, 1024)
-        narrow = narrow_s & narrow_t
+    SYMMETRIC: tl.constexpr = ROWS and COLUMNS and not CAUSAL
+    if SYMMETRIC:
+        narrow = _all_narrow(p_log_s, end, 1024) & _all_narrow(p_log_t, end, 1024)
+        origin_s = tl.load(p_origin + (i_seq * HEADS + i_head) * 2)
+        origin_t = tl.load(p_origin + (i_seq * HEADS + i_head) * 2 + 1)
     b_grad = tl.zeros((OWN, PADDED_S), tl.float32)
-    for i_other in range(begin, end, OTHER):
-        o_other = i_other + tl.arange(0, OTHER)
-        b_other = o_other < LENGTH
-        o_rows = _positions(p_order, s_order, i_seq, o_other, LENGTH)
-        b_other_s = _load_rows(p_other_s, s_other_s, s_other_seq_s, place, o_rows, b_other, WIDTH_S, PADDED_S, UNIT_S)
-        b_other_t = _load_rows(p_other_t, s_other_t, s_other_seq_t, place, o_rows, b_other, WIDTH_T, PADDED_T, UNIT_T)
-        b_s = _dot(b_own_s, tl.trans(b_other_s), UPCAST)
-        b_t = _dot(b_own_t, tl.trans(b_other_t), UPCAST)
-        if COLUMNS:
-            c_max_s, c_log_s, c_max_t, c_log_t = _load_stats(p_rows, s_plane, o_other[None, :], LENGTH)
-        b_pairs = b_other[None, :]
-        if ROWS and COLUMNS and CAUSAL:  # of two tokens the later one is the row; on the diagonal one is both
-            b_row = o_other[None, :] <= o_own[:, None]
-            b_g = _probabilities(b_s, tl.where(b_row, b_max_s, c_max_s), tl.where(b_row, b_log_s, c_log_s), C_S)
-            b_g -= _probabilities(b_t, tl.where(b_row, b_max_t, c_max_t), tl.where(b_row, b_log_t, c_log_t), C_T)
-            b_g = tl.where(o_other[None, :] == o_own[:, None], 2 * b_g, b_g)
-        elif ROWS and COLUMNS:
-            if narrow:
-                b_g = _symmetric(b_s, middle_s, C_S, b_max_s, b_log_s, c_max_s, c_log_s)
-                b_g -= _symmetric(b_t, middle_t, C_T, b_max_t, b_log_t, c_max_t, c_log_t)
+    # A symmetric head is walked over in one of two ways, see above; the other loop is empty.
+    for PASS in tl.static_range(2 if SYMMETRIC else 1):
+        stop = end
+        if SYMMETRIC:
+            stop = end if narrow == (PASS == 0) else begin
+        for i_other in range(begin, stop, OTHER):
+            o_other = i_other + tl.arange(0, OTHER)
+            b_other = o_other < LENGTH
+            o_rows = _positions(p_order, s_order, i_seq, o_other, LENGTH)
+            b_other_s = _load_rows(
+                p_other_s, s_other_s, s_other_seq_s, place, o_rows, b_other, WIDTH_S, PADDED_S, UNIT_S
+            )
+            b_other_t = _load_rows(
+                p_other_t, s_other_t, s_other_seq_t, place, o_rows, b_other, WIDTH_T, PADDED_T, UNIT_T
+            )
+            b_s = _dot(b_own_s, tl.trans(b_other_s), UPCAST)
+            b_t = _dot(b_own_t, tl.trans(b_other_t), UPCAST)
+            if COLUMNS:
+                c_max_s = _load_stats(p_max_s, o_other[None, :], LENGTH)
+                c_log_s = _load_stats(p_log_s, o_other[None, :], LENGTH)
+                c_max_t = _load_stats(p_max_t, o_other[None, :], LENGTH)
+                c_log_t = _load_stats(p_log_t, o_other[None, :], LENGTH)
+            b_pairs = b_other[None, :]
+            if SYMMETRIC and PASS == 0:
+                b_g = tl.exp2(b_s * C_S - origin_s * C_S) * (b_max_s + c_max_s)
+                b_g -= tl.exp2(b_t * C_T - origin_t * C_T) * (b_max_t + c_max_t)
+            elif SYMMETRIC:
+                m_s, z_s = _maxima(b_max_s, b_log_s, origin_s)
+                m_t, z_t = _maxima(b_max_t, b_log_t, origin_t)
+                b_g = _difference(b_s, m_s, z_s, C_S, b_t, m_t, z_t, C_T)
+                m_s, z_s = _maxima(c_max_s, c_log_s, origin_s)
+                m_t, z_t = _maxima(c_max_t, c_log_t, origin_t)
+                b_g += _difference(b_s, m_s, z_s, C_S, b_t, m_t, z_t, C_T)
+            elif ROWS and COLUMNS:  # causal: of two tokens the later one is the row, and on the diagonal one is both
+                b_row = o_other[None, :] <= o_own[:, None]
+                b_g = _difference(
+                    b_s, tl.where(b_row, b_max_s, c_max_s), tl.where(b_row, b_log_s, c_log_s), C_S,
+                    b_t, tl.where(b_row, b_max_t, c_max_t), tl.where(b_row, b_log_t, c_log_t), C_T,
+                )  # fmt: skip
+                b_g = tl.where(o_other[None, :] == o_own[:, None], 2 * b_g, b_g)
+            elif ROWS:
+                b_g = _difference(b_s, b_max_s, b_log_s, C_S, b_t, b_max_t, b_log_t, C_T)
+                if CAUSAL:
+                    b_pairs = b_pairs & (o_other[None, :] <= o_own[:, None])
             else:
-                b_g = _probabilities(b_s, b_max_s, b_log_s, C_S) - _probabilities(b_t, b_max_t, b_log_t, C_T)
-                b_g += _probabilities(b_s, c_max_s, c_log_s, C_S) - _probabilities(b_t, c_max_t, c_log_t, C_T)
-        elif ROWS:
-            b_g = _probabilities(b_s, b_max_s, b_log_s, C_S) - _probabilities(b_t, b_max_t, b_log_t, C_T)
-            if CAUSAL:
-                b_pairs = b_pairs & (o_other[None, :] <= o_own[:, None])
-        else:
-            b_g = _probabilities(b_s, c_max_s, c_log_s, C_S) - _probabilities(b_t, c_max_t, c_log_t, C_T)
-            if CAUSAL:
-                b_pairs = b_pairs & (o_other[None, :] >= o_own[:, None])
-        b_grad += _dot(tl.where(b_pairs, b_g * _G_SCALE, 0.0), b_other_s, UPCAST)
+                b_g = _difference(b_s, c_max_s, c_log_s, C_S, b_t, c_max_t, c_log_t, C_T)
+                if CAUSAL:
+                    b_pairs = b_pairs & (o_other[None, :] >= o_own[:, None])
+            b_grad += _dot(tl.where(b_pairs, b_g, 0.0), b_other_s, UPCAST)
 
     b_grad = tl.where(b_own[:, None], b_grad * (C_S * (_LN_2 / _G_SCALE)), 0.0)
     _store_rows(p_grad, s_grad, s_grad_seq, place, o_rows_own, b_grad, o_own < LIMIT, WIDTH_S, PADDED_S, UNIT_S)

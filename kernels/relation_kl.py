@@ -117,10 +117,13 @@ def relation_kl(
         else:
             # Maximum of the scores and log2 of the sum, per model, head and row: 16 bytes.
             stats = torch.empty((4, num_heads, rows if with_grad else 0), dtype=torch.float32, device=student.device)
-            common = (stats, rows, 0 if packed else length, *scales, max_length, num_heads, blocks)
+            origin = torch.empty((batch, num_heads, 2), dtype=torch.float32, device=student.device)
+            common = (origin, stats, rows, 0 if packed else length, *scales, max_length, num_heads, blocks)
             options |= {"OTHER": other, "num_stages": stages}
             grid = (batch * blocks, num_heads)
-            row_sweep[grid](*left, *tokens, *partials, *common, **options, WITH_GRAD=with_grad)
+            row_sweep[grid](
+                *left, *tokens, *partials, *common, **options, SYMMETRIC=not (cross or causal), WITH_GRAD=with_grad
+            )
             if with_grad:
                 options["PACKED"] = packed
                 gradient_sweep[grid](*left, *tokens, grad, *s_grad, *common, **options, ROWS=True, COLUMNS=not cross)

@@ -59,8 +59,8 @@ class Table:
         self.tokens = self.task.tokenize(self.tokenizer, recipe.max_length)
         self.configs = recipe.configs()
 
-    def pretrained(self):
-        return with_head(self.recipe.teacher, self.task)
+    def pretrained(self, seed: int = 0):
+        return with_head(self.recipe.teacher, self.task, seed)
 
     def teacher(self):
         if not is_done(self.folder / "teacher"):
@@ -109,7 +109,7 @@ class Table:
             case "teacher":
                 return self.teacher()
             case "truncated_first" | "truncated_spaced":
-                student = create_student(self.pretrained(), init=row.removeprefix("truncated_"), **shape)
+                student = create_student(self.pretrained(seed), init=row.removeprefix("truncated_"), **shape)
                 return self.finetuned(student, plain, folder)
             case "truncated_soft":  # a rate of 1 from the start: the student alone, with the predecessor's soft labels
                 student = create_student(self.pretrained(), init="first", **shape)

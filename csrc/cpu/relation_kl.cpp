@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "relation_kl_strip.h"
+#include "relation_kl_symmetric.h"
 
 namespace fastkd {
 namespace {
@@ -64,6 +65,21 @@ void clear_padding(const Tokens& grad, int64_t positions) {
   }
 }
 
+// How much scratch a form needs on each thread: with everything kept if that fits in 2 MiB, so that it stays in the
+// caches, else with scores computed twice.
+struct Plan {
+  bool keep;
+  int64_t floats;
+};
+
+template <typename Form>
+Plan plan_of(const Relation& relation) {
+  constexpr int64_t kLimit = 2 * 1024 * 1024 / sizeof(float);
+  Arena everything(nullptr), little(nullptr);
+  const Form kept(everything, relation, true), recomputed(little, relation, false);
+  return everything.used() <= kLimit ? Plan{true, everything.used()} : Plan{false, little.used()};
+}
+
 std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const MaybeTensor& student_right,
                                                const Tensor& teacher, const MaybeTensor& teacher_right,
                                                const Tensor& starts, const Tensor& lengths, const MaybeTensor& order,
@@ -90,7 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Mayb
                           cross,
                           causal,
                           with_grad};
-  const Plan plan = plan_of(relation);
+  const bool symmetric = !cross && !causal;
+  const Plan strip_plan = plan_of<StripForm>(relation), symmetric_plan = plan_of<SymmetricForm>(relation);
+  const int64_t scratch_bytes = std::max(strip_plan.floats, symmetric ? symmetric_plan.floats : 0) * sizeof(float);
 
   // A head is computed by one thread, and its result does not depend on which: the sums over heads are taken in their
   // order afterwards, so that the loss is the same for every number of threads.
@@ -98,9 +116,14 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Mayb
   std::atomic<int64_t> next{0};
   const int64_t tasks = batch.size * num_heads;
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(plan.floats * sizeof(float));
-    Arena arena(static_cast<float*>(scratch.get()));
-    StripForm form(arena, relation, plan.keep);
+    const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);
+    // One after the other, the forms use the same scratch.
+    Arena strip_arena(static_cast<float*>(scratch.get())), symmetric_arena(static_cast<float*>(scratch.get()));
+    StripForm strip(strip_arena, relation, strip_plan.keep);
+    std::optional<SymmetricForm> half;
+    if (symmetric) {
+      half.emplace(symmetric_arena, relation, symmetric_plan.keep);
+    }
     for (int64_t task = next++; task < tasks; task = next++) {
       const int64_t b = longest_first[task / num_heads], h = task % num_heads;
       Head head;
@@ -118,7 +141,10 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Mayb
         head.grad_right = batch.tokens(grad_right, b, h, num_heads);
         clear_padding(head.grad_right, grad.dim() == 3 ? grad.size(1) : 0);
       }
-      divergences[b * num_heads + h] = form.run(head);
+      if (head.student.count > 0) {
+        const std::optional<double> divergence = half ? half->run(head) : std::nullopt;
+        divergences[b * num_heads + h] = divergence ? *divergence : strip.run(head);
+      }
     }
   });
 

@@ -73,9 +73,9 @@ class DemoSettings:
     heads: int = 2
     teacher_layers: int = 4
     student_layers: int = 2
-    relation_heads: int = 12
+    relation_heads: int = 8
     teacher_steps: int = 1000
-    stage_a_steps: int = 300
+    stage_a_steps: int = 400
     task_steps: int = 600
     batch_size: int = 32
     learning_rate: float = 5e-4

@@ -1,5 +1,6 @@
 """A tiny BERT with random weights, a tokenizer made on the spot, and a task it can learn in seconds."""
 
+import gc
 import random
 from pathlib import Path
 
@@ -20,6 +21,15 @@ from fastkd.recipes import (
     FineTuneTrainer,
     stage_b_encoder,
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_garbage_collection():
+    """Every Trainer.train begins with a full collection, which walks through all of torch and transformers."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 _GOOD = "good fine great lovely superb charming".split()
 _BAD = "bad awful poor boring dreadful clumsy".split()

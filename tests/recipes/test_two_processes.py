@@ -11,6 +11,8 @@ import pytest
 import torch
 from datasets import DatasetDict
 
+pytestmark = pytest.mark.slow
+
 _SCRIPT = Path(__file__).with_name("ranks.py")
 _spec = importlib.util.spec_from_file_location("ranks", _SCRIPT)
 ranks = importlib.util.module_from_spec(_spec)

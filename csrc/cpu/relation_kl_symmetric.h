@@ -1,0 +1,298 @@
+// The symmetric form of relation_kl, for self relations that are not causal: the scores on one side of the diagonal do.
+//
+// With a = X Xᵀ in units where the exponential is a power of two, and h_i = a_ii / 2,
+//
+//     E_ij = 2^(a_ij − h_i − h_j)    is symmetric and at most 1, since a_ij − h_i − h_j = −|x_i − x_j|² / 2,
+//     S_ij = E_ij v_j / Z_i          with v_j = 2^(h_j − max h) and Z_i = Σ_j E_ij v_j.
+//
+// So each pair of tokens costs one exponential, which goes into the sums of its row and of its column, and
+// (G + Gᵀ)_ij = E_ij (v_j / Z_i + v_i / Z_j) − the teacher's, again symmetric, one product where G and Gᵀ take two.
+#pragma once
+
+#include <optional>
+
+#include "relation_head.h"
+
+namespace fastkd {
+namespace {
+
+class SymmetricForm {
+ public:
+  // The weights v of a head may span this many bits, the exponentials as many above the floor of exp2_of_negative, until
+  // something is lost that counts. Heads beyond (a diagonal over 80 nats wide) are for the strip form.
+  static constexpr float kWidestSpread = 58.f;
+
+  // `keep`: the tiles of both score matrices stay until the gradient is taken: n · (n + 64) floats of scratch, n being
+  // the longest sequence rounded up to tiles. Else every score is computed twice, in 8192 floats. And 11 · n for the rows.
+  SymmetricForm(Arena& arena, const Relation& relation, bool keep)
+      : tiles_(arena, relation, keep),
+        keep_(keep),
+        student_scores_(arena.take(kArea * kept_tiles(relation, keep))),
+        teacher_scores_(arena.take(kArea * kept_tiles(relation, keep))),
+        student_(arena, relation, score_scale(relation.student_width)),
+        teacher_(arena, relation, score_scale(relation.teacher_width)),
+        offset_(arena.take(kTile * tiles_of(relation.longest))),
+        weighted_sum_(arena.take(kTile * tiles_of(relation.longest))),
+        lanes_(tiles_.group) {}
+
+  // Returns Σ_rows KL(teacher ‖ student) and writes the gradient; nothing where the diagonal spreads too far.
+  std::optional<double> run(const Head& head) {
+    tiles_.bind(head);
+    count_ = head.student.count;
+    if (!weigh_tokens()) {
+      return std::nullopt;
+    }
+    for_each_group([&](int64_t first, int64_t last) { forward(first, last); });
+    const double divergence = finish();
+    if (tiles_.relation.with_grad) {
+      for_each_group([&](int64_t first, int64_t last) { backward(first, last); });
+      tiles_.end_column_gradients();
+    }
+    return divergence;
+  }
+
+ private:
+  // Per token, of the student or of the teacher.
+  struct Side {
+    Side(Arena& arena, const Relation& relation, float scale) : scale(scale) {
+      for (float** values : {&half, &weight, &sum, &inverse}) {
+        *values = arena.take(kTile * tiles_of(relation.longest));
+      }
+    }
+
+    const float scale; // of the scores
+    float* half; // half the diagonal, as a dot product
+    float* weight; // v, zero for padding
+    float* sum; // Z
+    float* inverse; // 1 / (Z √d), zero for padding
+  };
+
+  static int64_t kept_tiles(const Relation& relation, bool keep) {
+    const int64_t tiles = tiles_of(relation.longest);
+    return keep ? tiles * (tiles + 1) / 2 : 1;
+  }
+
+  int64_t slot(int64_t i, int64_t j) const { // of tile (i, j), i <= j
+    return keep_ ? (i * tiles_.tiles() - i * (i - 1) / 2 + (j - i)) * kArea : 0;
+  }
+
+  template <typename Function>
+  void for_each_group(Function function) {
+    for (int64_t first = 0; first < tiles_.tiles(); first += tiles_.group) {
+      function(first, std::min(first + tiles_.group, tiles_.tiles()));
+    }
+  }
+
+  template <typename Function>
+  void for_each_tile(int64_t first, int64_t last, Function function) { // on and right of the diagonal
+    for (int64_t j = first; j < tiles_.tiles(); ++j) {
+      for (int64_t i = first; i < std::min(last, j + 1); ++i) {
+        function(i, j);
+      }
+    }
+  }
+
+  // The diagonal, and from it the weights. False where they spread too far.
+  bool weigh_tokens() {
+    for (int64_t i = 0; i < tiles_.tiles(); ++i) {
+      float* student = student_scores_ + slot(i, i);
+      float* teacher = teacher_scores_ + slot(i, i);
+      tiles_.score(i, i, student, teacher);
+      for (int64_t row = 0; row < tiles_.side(i); ++row) {
+        student_.half[i * kTile + row] = 0.5f * student[row * kTile + row];
+        teacher_.half[i * kTile + row] = 0.5f * teacher[row * kTile + row];
+      }
+    }
+    float tops[2];
+    for (Side* side : {&student_, &teacher_}) {
+      const auto [low, high] = std::minmax_element(side->half, side->half + count_);
+      if (!((*high - *low) * side->scale <= kWidestSpread)) { // true for NaN as well
+        return false;
+      }
+      const float top = *high;
+      tops[side == &teacher_] = top;
+      for (int64_t c = 0; c < padded(count_); c += Vec::size()) {
+        const Vec weight = exp2_of_negative((Vec::loadu(side->half + c) - Vec(top)) * Vec(side->scale));
+        (weight & first_lanes(count_ - c)).store(side->weight + c);
+        Vec(0.f).store(side->sum + c);
+      }
+    }
+    for (int64_t c = 0; c < padded(count_); c += Vec::size()) {
+      const Vec student = (Vec::loadu(student_.half + c) - Vec(tops[0])) * Vec(student_.scale);
+      const Vec teacher = (Vec::loadu(teacher_.half + c) - Vec(tops[1])) * Vec(teacher_.scale);
+      ((teacher - student) & first_lanes(count_ - c)).store(offset_ + c);
+      Vec(0.f).store(weighted_sum_ + c);
+    }
+    return true;
+  }
+
+  void forward(int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      lanes_[i - first].clear();
+    }
+    for_each_tile(first, last, [&](int64_t i, int64_t j) {
+      if (i != j || !keep_) { // the kept tiles of the diagonal are there since the tokens were weighed
+        tiles_.score(i, j, student_scores_ + slot(i, j), teacher_scores_ + slot(i, j));
+      }
+      if (i == j) {
+        accumulate<true>(i, j, lanes_[i - first]);
+      } else {
+        accumulate<false>(i, j, lanes_[i - first]);
+      }
+    });
+    for (int64_t i = first; i < last; ++i) {
+      for (int64_t row = 0; row < tiles_.tokens(i); ++row) {
+        const LaneSums& lanes = lanes_[i - first];
+        student_.sum[i * kTile + row] += sum_of(Vec::loadu(lanes.student + row * Vec::size()));
+        teacher_.sum[i * kTile + row] += sum_of(Vec::loadu(lanes.teacher + row * Vec::size()));
+        weighted_sum_[i * kTile + row] += sum_of(Vec::loadu(lanes.weighted + row * Vec::size()));
+      }
+    }
+  }
+
+  // Turns the products of tile (i, j) into exponentials, and adds them to the sums of their rows and, off the diagonal,
+  // of their columns. A tile on the diagonal holds each pair twice, so that its rows are enough.
+  template <bool kDiagonal>
+  void accumulate(int64_t i, int64_t j, LaneSums& lanes) {
+    constexpr int64_t kRows = 4; // whose row sums and common column sums fit in the registers
+    for (int64_t row = 0; row < tiles_.side(i); row += kRows) {
+      accumulate_rows<kDiagonal, kRows>(i * kTile + row, j * kTile, tiles_.side(j),
+                                        student_scores_ + slot(i, j) + row * kTile,
+                                        teacher_scores_ + slot(i, j) + row * kTile, lanes, row);
+    }
+  }
+
+  template <bool kDiagonal, int64_t kRows>
+  void accumulate_rows(int64_t first_row, int64_t first_column, int64_t columns, float* student, float* teacher,
+                       LaneSums& lanes, int64_t lane_row) {
+    Vec student_sum[kRows], teacher_sum[kRows], weighted_sum[kRows];
+    std::fill_n(student_sum, kRows, Vec(0.f));
+    std::fill_n(teacher_sum, kRows, Vec(0.f));
+    std::fill_n(weighted_sum, kRows, Vec(0.f));
+    const Vec student_scale(student_.scale), teacher_scale(teacher_.scale);
+    for (int64_t c = 0; c < columns; c += Vec::size()) {
+      const int64_t column = first_column + c;
+      const Vec student_half = Vec::loadu(student_.half + column), teacher_half = Vec::loadu(teacher_.half + column);
+      const Vec student_weight = Vec::loadu(student_.weight + column);
+      const Vec teacher_weight = Vec::loadu(teacher_.weight + column);
+      const Vec offset = Vec::loadu(offset_ + column);
+      Vec student_column(0.f), teacher_column(0.f), weighted_column(0.f);
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRows; ++r) {
+        const int64_t row = first_row + r;
+        float* s_tile = student + r * kTile + c;
+        float* t_tile = teacher + r * kTile + c;
+        const Vec s = (Vec::loadu(s_tile) - (student_half + Vec(student_.half[row]))) * student_scale;
+        const Vec t = (Vec::loadu(t_tile) - (teacher_half + Vec(teacher_.half[row]))) * teacher_scale;
+        const Vec s_exp = exp2_of_negative(s), t_exp = exp2_of_negative(t), difference = t - s;
+        s_exp.store(s_tile);
+        t_exp.store(t_tile);
+        student_sum[r] = at::vec::fmadd(s_exp, student_weight, student_sum[r]);
+        const Vec t_weighted = t_exp * teacher_weight;
+        teacher_sum[r] = teacher_sum[r] + t_weighted;
+        weighted_sum[r] = at::vec::fmadd(t_weighted, difference + offset, weighted_sum[r]);
+        if constexpr (!kDiagonal) {
+          student_column = at::vec::fmadd(s_exp, Vec(student_.weight[row]), student_column);
+          const Vec t_weighted_by_row = t_exp * Vec(teacher_.weight[row]);
+          teacher_column = teacher_column + t_weighted_by_row;
+          weighted_column = at::vec::fmadd(t_weighted_by_row, difference + Vec(offset_[row]), weighted_column);
+        }
+      }
+      if constexpr (!kDiagonal) {
+        add(student_column, student_.sum + column);
+        add(teacher_column, teacher_.sum + column);
+        add(weighted_column, weighted_sum_ + column);
+      }
+    }
+    for (int64_t r = 0; r < kRows; ++r) {
+      add(student_sum[r], lanes.student + (lane_row + r) * Vec::size());
+      add(teacher_sum[r], lanes.teacher + (lane_row + r) * Vec::size());
+      add(weighted_sum[r], lanes.weighted + (lane_row + r) * Vec::size());
+    }
+  }
+
+  static void add(const Vec& x, float* to) {
+    (Vec::loadu(to) + x).store(to);
+  }
+
+  // The divergence of all rows: Σ_j P_ij (log P_ij − log S_ij), where log2 P_ij is the exponent of E_ij plus those of v_j
+  // and 1 / Z_i. Sums are taken relative to the row's own weight, which is the largest term of most rows.
+  double finish() {
+    const float inverse_root = 1.f / std::sqrt(static_cast<float>(tiles_.relation.student_width));
+    double divergence = 0;
+    for (int64_t row = 0; row < count_; ++row) {
+      const float student = student_.sum[row] / student_.weight[row], teacher = teacher_.sum[row] / teacher_.weight[row];
+      divergence += 0.69314718f * (weighted_sum_[row] / teacher_.sum[row] - offset_[row]) + std::log(student / teacher);
+      student_.inverse[row] = inverse_root / student_.sum[row];
+      teacher_.inverse[row] = inverse_root / teacher_.sum[row];
+    }
+    std::fill(student_.inverse + count_, student_.inverse + padded(count_), 0.f);
+    std::fill(teacher_.inverse + count_, teacher_.inverse + padded(count_), 0.f);
+    return divergence;
+  }
+
+  void backward(int64_t first, int64_t last) {
+    tiles_.begin_row_gradients(first);
+    for_each_tile(first, last, [&](int64_t i, int64_t j) {
+      float* student = student_scores_ + slot(i, j);
+      float* teacher = teacher_scores_ + slot(i, j);
+      if (!keep_) {
+        tiles_.score(i, j, student, teacher);
+        exponentiate(i, j, student, teacher);
+      }
+      symmetric_difference(i, j, student, teacher);
+      tiles_.add_row_gradient(i, j, student);
+      if (i != j) {
+        tiles_.add_column_gradient(i, j, student);
+      }
+    });
+    tiles_.end_row_gradients(last);
+  }
+
+  void exponentiate(int64_t i, int64_t j, float* student, float* teacher) {
+    for (int64_t row = 0; row < tiles_.side(i); ++row) {
+      const Vec student_half(student_.half[i * kTile + row]), teacher_half(teacher_.half[i * kTile + row]);
+      for (int64_t c = 0; c < tiles_.side(j); c += Vec::size()) {
+        const int64_t column = j * kTile + c;
+        float* s = student + row * kTile + c;
+        float* t = teacher + row * kTile + c;
+        exp2_of_negative((Vec::loadu(s) - (Vec::loadu(student_.half + column) + student_half)) * Vec(student_.scale))
+            .store(s);
+        exp2_of_negative((Vec::loadu(t) - (Vec::loadu(teacher_.half + column) + teacher_half)) * Vec(teacher_.scale))
+            .store(t);
+      }
+    }
+  }
+
+  // (G + Gᵀ) / √d of tile (i, j), in the place of the student's exponentials.
+  void symmetric_difference(int64_t i, int64_t j, float* student, const float* teacher) {
+    for (int64_t c = 0; c < tiles_.side(j); c += Vec::size()) {
+      const int64_t column = j * kTile + c;
+      const Vec s_weight = Vec::loadu(student_.weight + column), s_inverse = Vec::loadu(student_.inverse + column);
+      const Vec t_weight = Vec::loadu(teacher_.weight + column), t_inverse = Vec::loadu(teacher_.inverse + column);
+#pragma GCC unroll 4
+      for (int64_t row = 0; row < tiles_.side(i); ++row) {
+        const int64_t r = i * kTile + row;
+        const Vec s_factor =
+            at::vec::fmadd(s_weight, Vec(student_.inverse[r]), s_inverse * Vec(student_.weight[r]));
+        const Vec t_factor =
+            at::vec::fmadd(t_weight, Vec(teacher_.inverse[r]), t_inverse * Vec(teacher_.weight[r]));
+        float* s = student + row * kTile + c;
+        at::vec::fmsub(Vec::loadu(s), s_factor, Vec::loadu(teacher + row * kTile + c) * t_factor).store(s);
+      }
+    }
+  }
+
+  HeadTiles tiles_;
+  const bool keep_;
+  float* student_scores_;
+  float* teacher_scores_;
+  Side student_, teacher_;
+  float* offset_; // log2 of the teacher's weight over the student's
+  float* weighted_sum_;
+  std::vector<LaneSums> lanes_;
+  int64_t count_ = 0;
+};
+
+} // namespace
+} // namespace fastkd
