@@ -40,7 +40,7 @@ _NARROW = tl.constexpr(80.0)
 # What may change from batch to batch: none of it may become part of what a kernel is compiled for.
 _RUNTIME = (
     "s_own_s", "s_own_seq_s", "s_other_s", "s_other_seq_s", "s_own_t", "s_own_seq_t", "s_other_t", "s_other_seq_t",
-    "s_order", "s_stats", "s_stats_seq", "s_partial", "s_partial_seq", "s_grad", "s_grad_seq",
+    "s_order", "s_plane", "s_stats", "s_stats_seq", "s_partial", "s_partial_seq", "s_grad", "s_grad_seq",
     "HEADS", "MAX_LENGTH", "BLOCKS",
 )  # fmt: skip
 
@@ -165,7 +165,7 @@ def row_sweep(
     p_own_s, s_own_s, s_own_seq_s, p_other_s, s_other_s, s_other_seq_s,
     p_own_t, s_own_t, s_own_seq_t, p_other_t, s_other_t, s_other_seq_t,
     p_starts, p_lengths, p_order, s_order, p_partial, s_partial, s_partial_seq,
-    p_origin, p_stats, s_stats, s_stats_seq, C_S, C_T, MAX_LENGTH, HEADS, BLOCKS,
+    p_origin, p_stats, s_plane, s_stats, s_stats_seq, C_S, C_T, MAX_LENGTH, HEADS, BLOCKS,
     WIDTH_S: tl.constexpr, PADDED_S: tl.constexpr, UNIT_S: tl.constexpr,
     WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr, UNIT_T: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr,
@@ -230,9 +230,9 @@ def row_sweep(
             tl.store(p_origin + (i_seq * HEADS + i_head) * 2 + 1, origin_t)
         p_rows = p_stats + i_head * s_stats + i_seq * s_stats_seq + start + o_own
         tl.store(p_rows, b_max_s, mask=b_own)
-        tl.store(p_rows + HEADS * s_stats, b_log_s, mask=b_own)
-        tl.store(p_rows + 2 * HEADS * s_stats, b_max_t, mask=b_own)
-        tl.store(p_rows + 3 * HEADS * s_stats, b_log_t, mask=b_own)
+        tl.store(p_rows + s_plane, b_log_s, mask=b_own)
+        tl.store(p_rows + 2 * s_plane, b_max_t, mask=b_own)
+        tl.store(p_rows + 3 * s_plane, b_log_t, mask=b_own)
 
 
 @triton.jit
@@ -272,9 +272,9 @@ def _load_stats(p_rows, o_tokens, LENGTH):
 
 
 @triton.jit
-def _difference(b_s, b_max_s, b_log_s, C_S, b_t, b_max_t, b_log_t, C_T):
+def _difference(b_s, b_m_s, b_z_s, C_S, b_t, b_m_t, b_z_t, C_T):
     """(S − P) · 2^14"""
-    return (tl.exp2((b_s - b_max_s) * C_S - b_log_s) - tl.exp2((b_t - b_max_t) * C_T - b_log_t)) * _G_SCALE
+    return (tl.exp2((b_s - b_m_s) * C_S - b_z_s) - tl.exp2((b_t - b_m_t) * C_T - b_z_t)) * _G_SCALE
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -282,7 +282,7 @@ def gradient_sweep(
     p_own_s, s_own_s, s_own_seq_s, p_other_s, s_other_s, s_other_seq_s,
     p_own_t, s_own_t, s_own_seq_t, p_other_t, s_other_t, s_other_seq_t,
     p_starts, p_lengths, p_order, s_order, p_grad, s_grad, s_grad_seq,
-    p_origin, p_stats, s_stats, s_stats_seq, C_S, C_T, MAX_LENGTH, HEADS, BLOCKS,
+    p_origin, p_stats, s_plane, s_stats, s_stats_seq, C_S, C_T, MAX_LENGTH, HEADS, BLOCKS,
     WIDTH_S: tl.constexpr, PADDED_S: tl.constexpr, UNIT_S: tl.constexpr,
     WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr, UNIT_T: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -301,14 +301,12 @@ def gradient_sweep(
     o_rows_own = _positions(p_order, s_order, i_seq, o_own, LIMIT)
     b_own_s = _load_rows(p_own_s, s_own_s, s_own_seq_s, place, o_rows_own, b_own, WIDTH_S, PADDED_S, UNIT_S)
     b_own_t = _load_rows(p_own_t, s_own_t, s_own_seq_t, place, o_rows_own, b_own, WIDTH_T, PADDED_T, UNIT_T)
-    p_max_s = p_stats + i_head * s_stats + i_seq * s_stats_seq + start
-    p_log_s = p_max_s + HEADS * s_stats
-    p_max_t = p_log_s + HEADS * s_stats
-    p_log_t = p_max_t + HEADS * s_stats
-    b_max_s = _load_stats(p_max_s, o_own[:, None], LENGTH)
-    b_log_s = _load_stats(p_log_s, o_own[:, None], LENGTH)
-    b_max_t = _load_stats(p_max_t, o_own[:, None], LENGTH)
-    b_log_t = _load_stats(p_log_t, o_own[:, None], LENGTH)
+    p_m_s = p_stats + i_head * s_stats + i_seq * s_stats_seq + start
+    p_z_s, p_m_t, p_z_t = p_m_s + s_plane, p_m_s + 2 * s_plane, p_m_s + 3 * s_plane
+    b_m_own_s = _load_stats(p_m_s, o_own[:, None], LENGTH)
+    b_z_own_s = _load_stats(p_z_s, o_own[:, None], LENGTH)
+    b_m_own_t = _load_stats(p_m_t, o_own[:, None], LENGTH)
+    b_z_own_t = _load_stats(p_z_t, o_own[:, None], LENGTH)
 
     begin = first if CAUSAL and not ROWS else 0
     end = LENGTH
@@ -318,7 +316,7 @@ def gradient_sweep(
         end = begin
     SYMMETRIC: tl.constexpr = ROWS and COLUMNS and not CAUSAL
     if SYMMETRIC:
-        narrow = _all_narrow(p_log_s, end, 1024) & _all_narrow(p_log_t, end, 1024)
+        narrow = _all_narrow(p_z_s, end, 1024) & _all_narrow(p_z_t, end, 1024)
         origin_s = tl.load(p_origin + (i_seq * HEADS + i_head) * 2)
         origin_t = tl.load(p_origin + (i_seq * HEADS + i_head) * 2 + 1)
     b_grad = tl.zeros((OWN, PADDED_S), tl.float32)
@@ -340,34 +338,34 @@ def gradient_sweep(
             b_s = _dot(b_own_s, tl.trans(b_other_s), UPCAST)
             b_t = _dot(b_own_t, tl.trans(b_other_t), UPCAST)
             if COLUMNS:
-                c_max_s = _load_stats(p_max_s, o_other[None, :], LENGTH)
-                c_log_s = _load_stats(p_log_s, o_other[None, :], LENGTH)
-                c_max_t = _load_stats(p_max_t, o_other[None, :], LENGTH)
-                c_log_t = _load_stats(p_log_t, o_other[None, :], LENGTH)
+                b_m_other_s = _load_stats(p_m_s, o_other[None, :], LENGTH)
+                b_z_other_s = _load_stats(p_z_s, o_other[None, :], LENGTH)
+                b_m_other_t = _load_stats(p_m_t, o_other[None, :], LENGTH)
+                b_z_other_t = _load_stats(p_z_t, o_other[None, :], LENGTH)
             b_pairs = b_other[None, :]
-            if SYMMETRIC and PASS == 0:
-                b_g = tl.exp2(b_s * C_S - origin_s * C_S) * (b_max_s + c_max_s)
-                b_g -= tl.exp2(b_t * C_T - origin_t * C_T) * (b_max_t + c_max_t)
+            if SYMMETRIC and PASS == 0:  # for m read e
+                b_g = tl.exp2(b_s * C_S - origin_s * C_S) * (b_m_own_s + b_m_other_s)
+                b_g -= tl.exp2(b_t * C_T - origin_t * C_T) * (b_m_own_t + b_m_other_t)
             elif SYMMETRIC:
-                m_s, z_s = _maxima(b_max_s, b_log_s, origin_s)
-                m_t, z_t = _maxima(b_max_t, b_log_t, origin_t)
-                b_g = _difference(b_s, m_s, z_s, C_S, b_t, m_t, z_t, C_T)
-                m_s, z_s = _maxima(c_max_s, c_log_s, origin_s)
-                m_t, z_t = _maxima(c_max_t, c_log_t, origin_t)
-                b_g += _difference(b_s, m_s, z_s, C_S, b_t, m_t, z_t, C_T)
+                b_m_s, b_z_s = _maxima(b_m_own_s, b_z_own_s, origin_s)
+                b_m_t, b_z_t = _maxima(b_m_own_t, b_z_own_t, origin_t)
+                b_g = _difference(b_s, b_m_s, b_z_s, C_S, b_t, b_m_t, b_z_t, C_T)
+                b_m_s, b_z_s = _maxima(b_m_other_s, b_z_other_s, origin_s)
+                b_m_t, b_z_t = _maxima(b_m_other_t, b_z_other_t, origin_t)
+                b_g += _difference(b_s, b_m_s, b_z_s, C_S, b_t, b_m_t, b_z_t, C_T)
             elif ROWS and COLUMNS:  # causal: of two tokens the later one is the row, and on the diagonal one is both
                 b_row = o_other[None, :] <= o_own[:, None]
                 b_g = _difference(
-                    b_s, tl.where(b_row, b_max_s, c_max_s), tl.where(b_row, b_log_s, c_log_s), C_S,
-                    b_t, tl.where(b_row, b_max_t, c_max_t), tl.where(b_row, b_log_t, c_log_t), C_T,
+                    b_s, tl.where(b_row, b_m_own_s, b_m_other_s), tl.where(b_row, b_z_own_s, b_z_other_s), C_S,
+                    b_t, tl.where(b_row, b_m_own_t, b_m_other_t), tl.where(b_row, b_z_own_t, b_z_other_t), C_T,
                 )  # fmt: skip
                 b_g = tl.where(o_other[None, :] == o_own[:, None], 2 * b_g, b_g)
             elif ROWS:
-                b_g = _difference(b_s, b_max_s, b_log_s, C_S, b_t, b_max_t, b_log_t, C_T)
+                b_g = _difference(b_s, b_m_own_s, b_z_own_s, C_S, b_t, b_m_own_t, b_z_own_t, C_T)
                 if CAUSAL:
                     b_pairs = b_pairs & (o_other[None, :] <= o_own[:, None])
             else:
-                b_g = _difference(b_s, c_max_s, c_log_s, C_S, b_t, c_max_t, c_log_t, C_T)
+                b_g = _difference(b_s, b_m_other_s, b_z_other_s, C_S, b_t, b_m_other_t, b_z_other_t, C_T)
                 if CAUSAL:
                     b_pairs = b_pairs & (o_other[None, :] >= o_own[:, None])
             b_grad += _dot(tl.where(b_pairs, b_g, 0.0), b_other_s, UPCAST)

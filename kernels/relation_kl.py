@@ -10,7 +10,7 @@ from ._relation_kl_device import gradient_sweep, row_sweep, sequence_losses, sho
 
 # Tiles by architecture (`_architecture`) and bytes per element of the wider dtype. The first row that fits counts, by
 # the padded head widths of student and teacher together and, for `short`, the longest sequence. They are as large as
-# registers allow without a spill: tests/kernels/relation_kl_resources.csv. fp32 does without tensor cores.
+# registers allow without a spill: docs/kernels/relation_kl_triton.md. fp32 does without tensor cores.
 #             widths, length, rows, warps
 _SHORT = {
     (10, 2): ((256, 16, 16, 1), (256, 32, 32, 2), (256, 64, 64, 8), (128, 128, 64, 8)),
@@ -102,33 +102,43 @@ def relation_kl(
     partials = (partial, slots, 1 if packed else blocks)
     s_grad = (student.shape[-1] // unit_s, 0 if packed else length * student.shape[-1] // unit_s)
     scales = (math.log2(math.e) / math.sqrt(width_s), math.log2(math.e) / math.sqrt(width_t))
-    options = {
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    constants = {
         "WIDTH_S": width_s, "PADDED_S": padded_s, "UNIT_S": unit_s,
         "WIDTH_T": width_t, "PADDED_T": padded_t, "UNIT_T": unit_t,
-        "CAUSAL": causal, "UPCAST": not isinstance(short, triton.JITFunction), "OWN": own, "num_warps": warps,
-        "enable_fp_fusion": True,
+        "OWN": own, "CAUSAL": causal, "UPCAST": not isinstance(short, triton.JITFunction),
     }  # fmt: skip
     with torch.cuda.device_of(student):
         if tile:
             short[batch, num_heads](
-                *left, *tokens, *partials, grad, grad_right, *s_grad, *scales, max_length, **options, TILE=tile,
-                CROSS=cross, PACKED=packed, WITH_GRAD=with_grad, num_stages=1,
+                *left, *tokens, *partials, grad, grad_right, *s_grad, *scales, max_length, **constants, TILE=tile,
+                CROSS=cross, PACKED=packed, WITH_GRAD=with_grad, **options, num_stages=1,
             )  # fmt: skip
         else:
-            # Maximum of the scores and log2 of the sum, per model, head and row: 16 bytes.
+            # Two numbers per model, head and row: 16 bytes. And the scores that `row_sweep` measures from, per head.
             stats = torch.empty((4, num_heads, rows if with_grad else 0), dtype=torch.float32, device=student.device)
             origin = torch.empty((batch, num_heads, 2), dtype=torch.float32, device=student.device)
-            common = (origin, stats, rows, 0 if packed else length, *scales, max_length, num_heads, blocks)
-            options |= {"OTHER": other, "num_stages": stages}
+            scratch = (origin, stats, num_heads * rows, rows, 0 if packed else length)
+            sizes = (*scales, max_length, num_heads, blocks)
             grid = (batch * blocks, num_heads)
+            constants["OTHER"], options["num_stages"] = other, stages
             row_sweep[grid](
-                *left, *tokens, *partials, *common, **options, SYMMETRIC=not (cross or causal), WITH_GRAD=with_grad
-            )
+                *left, *tokens, *partials, *scratch, *sizes, **constants, SYMMETRIC=not (cross or causal),
+                WITH_GRAD=with_grad, **options,
+            )  # fmt: skip
             if with_grad:
-                options["PACKED"] = packed
-                gradient_sweep[grid](*left, *tokens, grad, *s_grad, *common, **options, ROWS=True, COLUMNS=not cross)
+                gradient_sweep[grid](
+                    *left, *tokens, grad, *s_grad, *scratch, *sizes, **constants, ROWS=True, COLUMNS=not cross,
+                    PACKED=packed, **options,
+                )  # fmt: skip
             if with_grad and cross:
                 right = operands(right_s, student, right_t, teacher)
-                gradient_sweep[grid](*right, *tokens, grad_right, *s_grad, *common, **options, ROWS=False, COLUMNS=True)
-        sequence_losses[(batch,)](losses, starts, lengths, *partials, max_length, num_heads, OWN=tile or own, CHUNK=256)
+                gradient_sweep[grid](
+                    *right, *tokens, grad_right, *s_grad, *scratch, *sizes, **constants, ROWS=False, COLUMNS=True,
+                    PACKED=packed, **options,
+                )  # fmt: skip
+        sequence_losses[(batch,)](
+            losses, starts, lengths, *partials, max_length, num_heads, OWN=tile or own, CHUNK=256, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return losses, grad, grad_right

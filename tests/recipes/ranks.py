@@ -56,11 +56,13 @@ def losses(trainer) -> dict[int, dict[str, float]]:
 def main(folder: Path) -> None:
     found = {}
     for stage in "ab":
-        trainer = make_trainer(stage, folder, 16, output_dir=str(folder / stage))
-        trainer.train()
-        rank = trainer.args.process_index
-        torch.save(trainer.model.state_dict(), folder / f"{stage}-{rank}.pt")
-        found[stage] = losses(trainer)
+        for name, batch, accumulated in ((stage, 16, 1), (f"{stage}-accumulated", 8, 2)):
+            cut = {"gradient_accumulation_steps": accumulated, "output_dir": str(folder / name)}
+            trainer = make_trainer(stage, folder, batch, **cut)
+            trainer.train()
+            rank = trainer.args.process_index
+            torch.save(trainer.model.state_dict(), folder / f"{name}-{rank}.pt")
+            found[name] = losses(trainer)
 
         # Into the second epoch, with dropout: 330 sequences make eleven steps.
         long = {"dropout": 0.1, "max_steps": 15, "output_dir": str(folder / f"{stage}-long")}

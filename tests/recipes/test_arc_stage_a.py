@@ -6,14 +6,19 @@ import pytest
 import torch
 
 import fastkd
+from fastkd.data import chunk_corpus, load_corpus
 from fastkd.models.replacement import fingerprint
 from fastkd.recipes import ArcStageAConfig, ArcStageATrainer
+
+
+def losses(trainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
 def test_it_trains(make_stage_a):
     trainer = make_stage_a(max_steps=30, logging_steps=5)
     trainer.train()
-    logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    logged = losses(trainer)
     assert logged[-1] < 0.6 * logged[0]
 
 
@@ -65,8 +70,32 @@ def test_a_student_of_another_width_can_learn(make_stage_a, make_teacher):
     student = fastkd.create_student(teacher, layers=2, hidden=16, heads=2, init="random")
     trainer = make_stage_a(teacher=teacher, student=student, relation_heads=8, max_steps=60, logging_steps=10)
     trainer.train()
-    logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    logged = losses(trainer)
     assert logged[-1] < 0.8 * logged[0]
+
+
+def test_checkpointed_activations_change_no_loss(make_stage_a):
+    runs = [make_stage_a(max_steps=3, dropout=0.0, activation_checkpointing=on) for on in (False, True)]
+    for trainer in runs:
+        trainer.train()
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-6)
+
+
+def test_a_streamed_corpus_trains_and_resumes(make_teacher, tokenizer, settings, tmp_path):
+    (tmp_path / "text.txt").write_text("the good film was a very bad plot\non a scene\n" * 80)
+    text = chunk_corpus(load_corpus(tmp_path / "text.txt", streaming=True), tokenizer, 32)
+    teacher = make_teacher()
+
+    def make(**changes):
+        config = ArcStageAConfig(**settings(relation_heads=8, max_steps=4, **changes))
+        student = fastkd.create_student(teacher, layers=2)
+        return ArcStageATrainer(student, config, teacher=teacher, processing_class=tokenizer, train_dataset=text)
+
+    whole, resumed = make(save_strategy="steps", save_steps=2, save_total_limit=None), make()
+    whole.train()
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+    assert len(losses(whole)) == 4
+    assert losses(resumed) == losses(whole)  # the first two stand in the checkpoint's history
 
 
 def test_nothing_above_the_last_needed_projection_runs(make_stage_a):

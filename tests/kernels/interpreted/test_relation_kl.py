@@ -1,0 +1,217 @@
+"""The Triton kernels against the definition in fp64, on CPU tensors; started by ../test_relation_kl_interpreted.py."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton's interpreter is off", allow_module_level=True)
+
+from fastkd.benchmarks.accuracy import judge
+from fastkd.kernels import relation_kl as kernels
+from fastkd.ops.relation_kl import eager_relation_kl
+
+HEADS = 2
+FORMS = {"self": (False, False), "self causal": (False, True), "cross": (True, False), "cross causal": (True, True)}
+forms = pytest.mark.parametrize(("cross", "causal"), FORMS.values(), ids=FORMS)
+fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def draw(batch, length, width_s=8, width_t=16, cross=False, dtypes=(fp32, fp32), spread=1.0):
+    """Student and teacher operands, a list of one (self) or two (cross) tensors each."""
+    return tuple(
+        [(torch.randn(batch, length, HEADS * width) * spread).to(dtype) for _ in range(1 + cross)]
+        for width, dtype in zip((width_s, width_t), dtypes, strict=True)
+    )
+
+
+def launch(student, teacher, lengths, causal=False, starts=None, order=None, max_length=None, with_grad=True):
+    starts = torch.zeros(len(lengths), dtype=torch.int64) if starts is None else torch.tensor(starts)
+    max_length = student[0].shape[-2] if max_length is None else max_length
+    losses, *grads = kernels.relation_kl(
+        student[0], student[1] if len(student) == 2 else None, teacher[0], teacher[1] if len(teacher) == 2 else None,
+        starts, torch.tensor(lengths, dtype=torch.int32), order, max_length, HEADS, causal, with_grad,
+    )  # fmt: skip
+    return losses, *grads[: len(student)]
+
+
+def definition(student, teacher, lengths, causal=False, dtype=None):
+    """Losses and the gradients without their factor, by autograd, in `dtype` or in the tensors' own."""
+    student = [x.to(dtype or x.dtype).clone().requires_grad_() for x in student]
+    teacher = [y.to(dtype or y.dtype) for y in teacher]
+    lengths = torch.tensor(lengths)
+    losses = eager_relation_kl((student[0], student[-1]), (teacher[0], teacher[-1]), lengths, HEADS, causal)
+    (losses * HEADS * lengths.clamp(min=1)).sum().backward()
+    return losses.detach(), *(x.grad for x in student)
+
+
+def check(student, teacher, lengths, causal=False):
+    results = launch(student, teacher, lengths, causal)
+    eagers = definition(student, teacher, lengths, causal)
+    truths = definition(student, teacher, lengths, causal, torch.float64)
+    for name, result, eager, truth in zip(("loss", "gradient", "right"), results, eagers, truths, strict=False):
+        verdict = judge(result, eager, truth, scale=1e-2)
+        assert verdict, f"{name}: {verdict}"
+
+
+def same(results, expected):
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+
+
+@forms
+@pytest.mark.parametrize("length", [1, 16, 17, 31])
+def test_short_sequences(cross, causal, length):
+    student, teacher = draw(3, length, cross=cross)
+    check(student, teacher, [length, length // 2 + 1, 0], causal)
+
+
+@forms
+@pytest.mark.parametrize("length", [33, 64, 65])
+def test_sequences_of_several_tiles(cross, causal, length):
+    student, teacher = draw(3, length, cross=cross)
+    check(student, teacher, [length, length // 2, 0], causal)
+
+
+@pytest.mark.parametrize("length", [20, 40])
+@pytest.mark.parametrize("widths", [(1, 1), (6, 16), (8, 26), (26, 64), (32, 32), (128, 2)])
+def test_head_widths(widths, length):
+    student, teacher = draw(1, length, *widths)
+    check(student, teacher, [length])
+
+
+@pytest.mark.parametrize("length", [70, 140])
+@pytest.mark.parametrize("dtypes", [(bf16, bf16), (fp16, fp16), (fp32, bf16), (bf16, fp32), (fp16, bf16)])
+def test_dtypes(dtypes, length):
+    student, teacher = draw(1, length, 16, 32, dtypes=dtypes)
+    check(student, teacher, [length])
+
+
+@pytest.mark.parametrize("length", [100, 140])
+@pytest.mark.parametrize(("cross", "causal"), [(False, True), (True, False)])
+def test_forms_in_bf16(cross, causal, length):
+    student, teacher = draw(1, length, cross=cross, dtypes=(bf16, bf16))
+    check(student, teacher, [length - 3], causal)
+
+
+@forms
+@pytest.mark.parametrize("max_length", [21, 40])
+def test_packed_sequences_equal_padded_ones(cross, causal, max_length):
+    lengths = [5, 0, max_length, 1, 13]
+    student, teacher = draw(len(lengths), max_length, cross=cross)
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    rows = [torch.cat([x[i, :n] for i, n in enumerate(lengths)] + [torch.full_like(x[0, :4], torch.nan)]) for x in
+            (*student, *teacher)]  # fmt: skip
+    packed = launch(rows[: len(student)], rows[len(student) :], lengths, causal, starts=starts, max_length=max_length)
+    padded = launch(student, teacher, lengths, causal)
+    expected = [torch.cat([g[i, :n] for i, n in enumerate(lengths)] + [torch.zeros_like(g[0, :4])]) for g in padded[1:]]
+    same(packed, [padded[0], *expected])
+
+
+@forms
+@pytest.mark.parametrize("length", [24, 45])
+def test_holes_in_the_mask_are_skipped(cross, causal, length):
+    student, teacher = draw(2, length, cross=cross)
+    valid = torch.rand(2, length) < 0.7
+    order = torch.argsort(~valid, dim=1, stable=True)
+    lengths = valid.sum(1).tolist()
+    compact = [[x.gather(1, order[:, :, None].expand_as(x)) for x in pair] for pair in (student, teacher)]
+    losses, *grads = launch(*compact, lengths, causal)
+    expected = [torch.zeros_like(g).scatter(1, order[:, :, None].expand_as(g), g) for g in grads]
+    same(launch(student, teacher, lengths, causal, order=order.int()), [losses, *expected])
+
+
+@pytest.mark.parametrize("length", [24, 40])
+def test_strided_operands_are_read_in_place(length):
+    fused_s, fused_t = torch.randn(2, length + 1, 3 * 16), torch.randn(1, length, 3 * 32).expand(2, -1, -1)
+    student, teacher = [fused_s[:, 1:, 5:21], fused_s[:, :-1, 16:32]], [fused_t[..., 32:64], fused_t[..., :32]]
+    dense = [[x.contiguous() for x in pair] for pair in (student, teacher)]
+    same(launch(student, teacher, [length, 9]), launch(*dense, [length, 9]))
+
+
+@forms
+@pytest.mark.parametrize("length", [24, 45])
+def test_padding_is_never_read(cross, causal, length):
+    student, teacher = draw(2, length, cross=cross)
+    expected = launch(student, teacher, [length - 5, 3], causal)
+    for x in (*student, *teacher):
+        x[0, length - 5 :], x[1, 3:] = torch.nan, torch.nan
+    same(launch(student, teacher, [length - 5, 3], causal), expected)
+
+
+@forms
+@pytest.mark.parametrize("length", [24, 70])
+def test_every_output_is_written(cross, causal, length, monkeypatch):
+    student, teacher = draw(3, length, cross=cross)
+    expected = launch(student, teacher, [length - 5, 0, 3], causal)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+    same(launch(student, teacher, [length - 5, 0, 3], causal), expected)
+    assert not any(g[1].any() or g[0, length - 5 :].any() for g in expected[1:])
+
+
+@pytest.mark.parametrize("max_length", [0, 20, 40])
+def test_a_bound_below_the_padded_length_changes_nothing(max_length):
+    student, teacher = draw(2, 50)
+    lengths = [max_length, max_length // 2]
+    loss, grad = launch(student, teacher, lengths, max_length=max_length)
+    verdict = judge(loss, loss, definition(student, teacher, lengths, dtype=torch.float64)[0], scale=1e-2)
+    assert verdict and not grad[0, max_length:].any(), str(verdict)
+
+
+@forms
+@pytest.mark.parametrize("length", [24, 40])
+def test_without_gradient_only_the_loss_is_made(cross, causal, length):
+    student, teacher = draw(2, length, cross=cross)
+    losses, *grads = launch(student, teacher, [length, 7], causal, with_grad=False)
+    same([losses], launch(student, teacher, [length, 7], causal)[:1])
+    assert all(g.shape == (0,) for g in grads)
+
+
+@forms
+@pytest.mark.parametrize("length", [30, 40])
+@pytest.mark.parametrize("spread", [10.0, 30.0])
+def test_scores_in_the_thousands(cross, causal, length, spread):
+    student, teacher = draw(1, length, cross=cross)
+    student, teacher = [x * spread for x in student], [y * spread for y in teacher]
+    check(student, teacher, [length], causal)
+
+
+@pytest.mark.parametrize("length", [30, 40])
+def test_rows_of_very_different_size(length):
+    student, teacher = draw(1, length)
+    scale = torch.linspace(0.1, 40, length)[None, :, None]
+    check([student[0] * scale], [teacher[0] * scale.flip(1)], [length])
+
+
+@pytest.mark.parametrize("length", [30, 40])
+@pytest.mark.parametrize("spread", [1.0, 20.0])
+def test_a_student_close_to_its_teacher(length, spread):
+    (student,), _ = draw(1, length, 16, 16, spread=spread)
+    check([student * (1 + 1e-4 * torch.randn_like(student))], [student], [length])
+
+
+@pytest.mark.parametrize("length", [100, 140])
+def test_small_gradients_survive_fp16(length):
+    (student,), _ = draw(1, length, 16, 16, dtypes=(fp16, fp16), spread=0.3)
+    teacher = student.float() * (1 + 2e-4 * torch.randn(student.shape))
+    _, grad = launch([student], [teacher], [length])
+    truth = definition([student], [teacher], [length], dtype=torch.float64)[1]
+    assert (grad - truth).norm() <= 5e-3 * truth.norm()
+
+
+def test_equal_operands_have_neither_loss_nor_gradient():
+    (student,), _ = draw(2, 40)
+    losses, grad = launch([student], [student], [40, 7])
+    assert not losses.any() and not grad.any()
+
+
+def test_a_batch_without_sequences():
+    losses, grad = launch(*draw(0, 12), [])
+    assert losses.shape == (0,) and grad.shape == (0, 12, 16)
+
+
+def test_heads_wider_than_a_tile_are_refused():
+    with pytest.raises(ValueError, match=r"num_heads=2 .* width 129 .* up to 128"):
+        launch(*draw(1, 4, 129, 16), [4])
