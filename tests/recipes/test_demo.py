@@ -12,8 +12,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fastkd.cli import main
 from fastkd.data import score
 from fastkd.models import create_student
-from fastkd.recipes import demo
-from fastkd.recipes.demo import BAG_OF_WORDS, LABELS_ONLY, STUDENT, TEACHER, DemoSettings, run_demo
+from fastkd.recipes import demo, demo_report
+from fastkd.recipes.demo import DemoSettings, run_demo
+from fastkd.recipes.demo_report import BAG_OF_WORDS, LABELS_ONLY, STUDENT, TEACHER
 
 TINY = DemoSettings(
     vocabulary=120,
@@ -142,7 +143,7 @@ def test_results_json_holds_what_is_returned(finished):
 
 def test_the_output_names_the_claims_and_what_is_not_claimed(finished, capsys):
     out, results = finished
-    demo.show(results, out, demo.Console(width=120))
+    demo_report.show(results, out, demo_report.Console(width=120))
     shown = capsys.readouterr().out
     assert all(name in shown for name in results["models"])
     assert "close to a bag of words" in shown and "nothing here shows that distillation helps" in shown
@@ -151,7 +152,7 @@ def test_the_output_names_the_claims_and_what_is_not_claimed(finished, capsys):
 def test_a_claim_that_fails_is_named_and_the_exit_status_is_1(finished, capsys, monkeypatch):
     out, results = finished
     failed = results | {"checks": {"the sky is green": False}, "passed": False}
-    demo.show(failed, out, demo.Console(width=120))
+    demo_report.show(failed, out, demo_report.Console(width=120))
     assert "FAILS  the sky is green" in capsys.readouterr().out
     monkeypatch.setattr(demo, "run_demo", lambda out, seed: failed)
     assert main(["demo"]) == 1
@@ -171,9 +172,9 @@ def test_a_claim_that_fails_is_named_and_the_exit_status_is_1(finished, capsys, 
 def test_each_claim_can_fail(model, figure, value, word):
     good = {"balanced_accuracy": 0.74, "agreement": 0.9, "latency_ms": 2.0}
     figures = {TEACHER: dict(good), STUDENT: good | {"latency_ms": 1.0}, BAG_OF_WORDS: dict(good)}
-    assert all(demo.check(figures).values())
+    assert all(demo_report.check(figures).values())
     figures[model][figure] = value
-    assert [word in claim for claim, holds in demo.check(figures).items() if not holds] == [True]
+    assert [word in claim for claim, holds in demo_report.check(figures).items() if not holds] == [True]
 
 
 def test_an_earlier_demo_is_replaced(finished, tmp_path, shortened):
@@ -235,7 +236,7 @@ def test_latency_is_the_median_of_one_sentence_on_one_thread():
 
     torch.set_num_threads(2)
     try:
-        found = demo.latencies({"slow": sleep(0.004), "fast": sleep(0.001)}, ["a"] * 15)
+        found = demo_report.latencies({"slow": sleep(0.004), "fast": sleep(0.001)}, ["a"] * 15)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -246,13 +247,13 @@ def test_latency_is_the_median_of_one_sentence_on_one_thread():
 def test_threads_are_restored_when_a_model_fails():
     threads = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError):
-        demo.latencies({"broken": lambda _: 1 / 0}, ["a"])
+        demo_report.latencies({"broken": lambda _: 1 / 0}, ["a"])
     assert torch.get_num_threads() == threads
 
 
 def test_predictions_come_back_in_the_order_of_the_sentences():
     sentences = ["four", "a", "three", "be", "xxxxx"] * 30
-    found = demo.in_batches(lambda batch: np.array([len(sentence) for sentence in batch]), sentences, size=7)
+    found = demo_report.in_batches(lambda batch: np.array([len(sentence) for sentence in batch]), sentences, size=7)
     assert found.tolist() == [len(sentence) for sentence in sentences]
 
 
@@ -260,4 +261,4 @@ def test_standard_error_of_a_balanced_accuracy():
     labels = np.array([0] * 100 + [1] * 25)
     predictions = np.array([0] * 50 + [1] * 50 + [1] * 20 + [0] * 5)
     # Recalls 0.5 of 100 and 0.8 of 25: variances 0.0025 and 0.0064 of a mean of two.
-    assert demo.standard_error(predictions, labels) == pytest.approx(np.sqrt(0.0089) / 2)
+    assert demo_report.standard_error(predictions, labels) == pytest.approx(np.sqrt(0.0089) / 2)
