@@ -85,8 +85,8 @@ def _store_rows(p_tensor, s_row, s_seq, place, o_rows, b_rows, b_valid, WIDTH: t
 
 
 @triton.jit
-def _dot(b_left, b_right, UPCAST: tl.constexpr):
-    if UPCAST:  # Triton's interpreter would multiply the bit patterns of bf16
+def _dot(b_left, b_right, INTERPRETED: tl.constexpr):
+    if INTERPRETED and b_right.dtype == tl.bfloat16:  # the interpreter would multiply the bit patterns
         return tl.dot(b_left.to(tl.float32), b_right.to(tl.float32), input_precision="ieee")
     return tl.dot(b_left.to(b_right.dtype), b_right, input_precision="ieee")
 
@@ -100,7 +100,7 @@ def short(
     WIDTH_S: tl.constexpr, PADDED_S: tl.constexpr, UNIT_S: tl.constexpr,
     WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr, UNIT_T: tl.constexpr,
     OWN: tl.constexpr, TILE: tl.constexpr, CROSS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
-    WITH_GRAD: tl.constexpr, UPCAST: tl.constexpr,
+    WITH_GRAD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """A program per sequence and head: all columns on chip, one block of rows after the other."""
     i_seq, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -125,9 +125,9 @@ def short(
         b_pairs = b_other[None, :]
         if CAUSAL:
             b_pairs = b_pairs & (o_other[None, :] <= o_own[:, None])
-        b_t = tl.where(b_pairs, _dot(b_own_t, tl.trans(b_other_t), UPCAST), _MASKED)
+        b_t = tl.where(b_pairs, _dot(b_own_t, tl.trans(b_other_t), INTERPRETED), _MASKED)
         b_t = (b_t - tl.max(b_t, 1)[:, None]) * C_T
-        b_s = tl.where(b_pairs, _dot(b_own_s, tl.trans(b_other_s), UPCAST), _MASKED)
+        b_s = tl.where(b_pairs, _dot(b_own_s, tl.trans(b_other_s), INTERPRETED), _MASKED)
         b_s = (b_s - tl.max(b_s, 1)[:, None]) * C_S
         b_p = tl.exp2(b_t)
         b_cross = tl.sum(b_p * (b_t - b_s), 1)
@@ -137,10 +137,8 @@ def short(
         kl += tl.sum(tl.where(b_own, b_kl, 0.0), 0)
         if WITH_GRAD:
             b_g = b_q * (1.0 / b_sum_s * _G_SCALE)[:, None] - b_p * (1.0 / b_sum_t * _G_SCALE)[:, None]
-            if not UPCAST:
-                b_g = b_g.to(b_own_s.dtype)
-            b_grad += _dot(tl.trans(b_g), b_own_s, UPCAST)
-            b_left = _dot(b_g, b_other_s, UPCAST)
+            b_grad += _dot(tl.trans(b_g), b_own_s, INTERPRETED)
+            b_left = _dot(b_g, b_other_s, INTERPRETED)
             if CROSS:
                 _store_rows(
                     p_grad, s_grad, s_grad_seq, place, o_rows_own, b_left * factor, b_own, WIDTH_S, PADDED_S, UNIT_S
@@ -169,7 +167,7 @@ def row_sweep(
     WIDTH_S: tl.constexpr, PADDED_S: tl.constexpr, UNIT_S: tl.constexpr,
     WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr, UNIT_T: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr, SYMMETRIC: tl.constexpr,
-    WITH_GRAD: tl.constexpr, UPCAST: tl.constexpr,
+    WITH_GRAD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     i_seq, i_head = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) % BLOCKS * OWN
@@ -197,8 +195,8 @@ def row_sweep(
         b_pairs = b_other[None, :]
         if CAUSAL:
             b_pairs = b_pairs & (o_other[None, :] <= o_own[:, None])
-        b_t = tl.where(b_pairs, _dot(b_own_t, tl.trans(b_other_t), UPCAST), _MASKED)
-        b_s = tl.where(b_pairs, _dot(b_own_s, tl.trans(b_other_s), UPCAST), _MASKED)
+        b_t = tl.where(b_pairs, _dot(b_own_t, tl.trans(b_other_t), INTERPRETED), _MASKED)
+        b_s = tl.where(b_pairs, _dot(b_own_s, tl.trans(b_other_s), INTERPRETED), _MASKED)
         b_new_t = tl.maximum(b_max_t, tl.max(b_t, 1))
         b_new_s = tl.maximum(b_max_s, tl.max(b_s, 1))
         b_t = (b_t - b_new_t[:, None]) * C_T
@@ -244,7 +242,7 @@ def _squared_norm(b_first):
 @triton.jit
 def _factors(b_max, b_log, origin, C):
     """(e · 2^14, −1) for the rows where e is in range, (m, z) for the others."""
-    b_t = b_max * C - origin * C
+    b_t = (b_max - origin) * C
     b_narrow = tl.abs(b_t) + b_log < _NARROW
     return tl.where(b_narrow, tl.exp2(-b_t) * tl.exp2(-b_log) * _G_SCALE, b_max), tl.where(b_narrow, -1.0, b_log)
 
@@ -286,7 +284,7 @@ def gradient_sweep(
     WIDTH_S: tl.constexpr, PADDED_S: tl.constexpr, UNIT_S: tl.constexpr,
     WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr, UNIT_T: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PACKED: tl.constexpr, UPCAST: tl.constexpr,
+    PACKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The owner's tokens are rows of the relation (dLeft), columns of it (dRight), or both (self relation)."""
     i_seq, i_head = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -335,8 +333,8 @@ def gradient_sweep(
             b_other_t = _load_rows(
                 p_other_t, s_other_t, s_other_seq_t, place, o_rows, b_other, WIDTH_T, PADDED_T, UNIT_T
             )
-            b_s = _dot(b_own_s, tl.trans(b_other_s), UPCAST)
-            b_t = _dot(b_own_t, tl.trans(b_other_t), UPCAST)
+            b_s = _dot(b_own_s, tl.trans(b_other_s), INTERPRETED)
+            b_t = _dot(b_own_t, tl.trans(b_other_t), INTERPRETED)
             if COLUMNS:
                 b_m_other_s = _load_stats(p_m_s, o_other[None, :], LENGTH)
                 b_z_other_s = _load_stats(p_z_s, o_other[None, :], LENGTH)
@@ -344,8 +342,8 @@ def gradient_sweep(
                 b_z_other_t = _load_stats(p_z_t, o_other[None, :], LENGTH)
             b_pairs = b_other[None, :]
             if SYMMETRIC and PASS == 0:  # for m read e
-                b_g = tl.exp2(b_s * C_S - origin_s * C_S) * (b_m_own_s + b_m_other_s)
-                b_g -= tl.exp2(b_t * C_T - origin_t * C_T) * (b_m_own_t + b_m_other_t)
+                b_g = tl.exp2((b_s - origin_s) * C_S) * (b_m_own_s + b_m_other_s)
+                b_g -= tl.exp2((b_t - origin_t) * C_T) * (b_m_own_t + b_m_other_t)
             elif SYMMETRIC:
                 b_m_s, b_z_s = _maxima(b_m_own_s, b_z_own_s, origin_s)
                 b_m_t, b_z_t = _maxima(b_m_own_t, b_z_own_t, origin_t)
@@ -368,7 +366,7 @@ def gradient_sweep(
                 b_g = _difference(b_s, b_m_other_s, b_z_other_s, C_S, b_t, b_m_other_t, b_z_other_t, C_T)
                 if CAUSAL:
                     b_pairs = b_pairs & (o_other[None, :] >= o_own[:, None])
-            b_grad += _dot(tl.where(b_pairs, b_g, 0.0), b_other_s, UPCAST)
+            b_grad += _dot(tl.where(b_pairs, b_g, 0.0), b_other_s, INTERPRETED)
 
     b_grad = tl.where(b_own[:, None], b_grad * (C_S * (_LN_2 / _G_SCALE)), 0.0)
     _store_rows(p_grad, s_grad, s_grad_seq, place, o_rows_own, b_grad, o_own < LIMIT, WIDTH_S, PADDED_S, UNIT_S)

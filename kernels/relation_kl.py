@@ -18,12 +18,12 @@ _SHORT = {
     (8, 2): ((256, 16, 16, 1), (256, 32, 32, 2), (192, 64, 64, 4), (64, 128, 64, 4)),
     (8, 4): ((64, 32, 32, 4), (256, 32, 32, 8)),
 }
-#              widths, rows, columns, warps, stages
+#              widths, rows, columns, warps, stages, registers per thread (None: as the compiler likes)
 _SWEEPS = {
-    (10, 2): ((256, 64, 64, 8, 3),),
-    (9, 2): ((128, 64, 64, 4, 3), (256, 64, 64, 8, 2)),
-    (8, 2): ((128, 64, 64, 4, 3), (256, 64, 64, 8, 2)),
-    (8, 4): ((128, 32, 32, 4, 2), (256, 32, 32, 8, 2)),
+    (10, 2): ((256, 64, 64, 8, 3, None),),
+    (9, 2): ((128, 64, 64, 4, 3, None), (256, 64, 64, 8, 2, None)),
+    (8, 2): ((32, 64, 64, 4, 4, None), (128, 64, 64, 4, 3, None), (256, 64, 64, 8, 2, None)),
+    (8, 4): ((64, 32, 32, 4, 2, None), (128, 32, 32, 8, 2, 255), (256, 16, 16, 4, 2, None)),
 }
 
 
@@ -91,7 +91,7 @@ def relation_kl(
     fitting = (row for row in _SHORT[tiles] if padded_s + padded_t <= row[0] and max_length <= row[1])
     _, tile, own, warps = next(fitting, (0, 0, 0, 0))
     if not tile:
-        _, own, other, warps, stages = next(row for row in _SWEEPS[tiles] if padded_s + padded_t <= row[0])
+        _, own, other, warps, stages, registers = next(row for row in _SWEEPS[tiles] if padded_s + padded_t <= row[0])
     blocks = triton.cdiv(max_length, tile or own)
     # One partial sum per block of rows. Packed sequence i, which starts at row s, uses the slots from s // own + i on.
     slots = rows // (tile or own) + batch if packed else batch * blocks
@@ -106,7 +106,7 @@ def relation_kl(
     constants = {
         "WIDTH_S": width_s, "PADDED_S": padded_s, "UNIT_S": unit_s,
         "WIDTH_T": width_t, "PADDED_T": padded_t, "UNIT_T": unit_t,
-        "OWN": own, "CAUSAL": causal, "UPCAST": not isinstance(short, triton.JITFunction),
+        "OWN": own, "CAUSAL": causal, "INTERPRETED": not isinstance(short, triton.JITFunction),
     }  # fmt: skip
     with torch.cuda.device_of(student):
         if tile:
@@ -121,7 +121,8 @@ def relation_kl(
             scratch = (origin, stats, num_heads * rows, rows, 0 if packed else length)
             sizes = (*scales, max_length, num_heads, blocks)
             grid = (batch * blocks, num_heads)
-            constants["OTHER"], options["num_stages"] = other, stages
+            constants["OTHER"] = other
+            options |= {"num_stages": stages, "maxnreg": registers}
             row_sweep[grid](
                 *left, *tokens, *partials, *scratch, *sizes, **constants, SYMMETRIC=not (cross or causal),
                 WITH_GRAD=with_grad, **options,

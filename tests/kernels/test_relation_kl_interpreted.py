@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 def test_the_kernels_are_right_in_the_interpreter():
     folder = Path(__file__).parent / "interpreted"
     environment = os.environ | {"TRITON_INTERPRET": "1"}

@@ -51,7 +51,7 @@ def check(student, teacher, lengths, causal=False):
     eagers = definition(student, teacher, lengths, causal)
     truths = definition(student, teacher, lengths, causal, torch.float64)
     for name, result, eager, truth in zip(("loss", "gradient", "right"), results, eagers, truths, strict=False):
-        verdict = judge(result, eager, truth, scale=1e-2)
+        verdict = judge(result, eager, truth, noise=1e-7)
         assert verdict, f"{name}: {verdict}"
 
 
@@ -98,7 +98,7 @@ def test_forms_in_bf16(cross, causal, length):
 @forms
 @pytest.mark.parametrize("max_length", [21, 40])
 def test_packed_sequences_equal_padded_ones(cross, causal, max_length):
-    lengths = [5, 0, max_length, 1, 13]
+    lengths = [5, 0, max_length, 1, 13, max_length]
     student, teacher = draw(len(lengths), max_length, cross=cross)
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     rows = [torch.cat([x[i, :n] for i, n in enumerate(lengths)] + [torch.full_like(x[0, :4], torch.nan)]) for x in
@@ -156,7 +156,7 @@ def test_a_bound_below_the_padded_length_changes_nothing(max_length):
     student, teacher = draw(2, 50)
     lengths = [max_length, max_length // 2]
     loss, grad = launch(student, teacher, lengths, max_length=max_length)
-    verdict = judge(loss, loss, definition(student, teacher, lengths, dtype=torch.float64)[0], scale=1e-2)
+    verdict = judge(loss, loss, definition(student, teacher, lengths, dtype=torch.float64)[0], noise=1e-7)
     assert verdict and not grad[0, max_length:].any(), str(verdict)
 
 
@@ -192,13 +192,15 @@ def test_a_student_close_to_its_teacher(length, spread):
     check([student * (1 + 1e-4 * torch.randn_like(student))], [student], [length])
 
 
-@pytest.mark.parametrize("length", [100, 140])
-def test_small_gradients_survive_fp16(length):
-    (student,), _ = draw(1, length, 16, 16, dtypes=(fp16, fp16), spread=0.3)
-    teacher = student.float() * (1 + 2e-4 * torch.randn(student.shape))
-    _, grad = launch([student], [teacher], [length])
-    truth = definition([student], [teacher], [length], dtype=torch.float64)[1]
-    assert (grad - truth).norm() <= 5e-3 * truth.norm()
+@pytest.mark.parametrize("length", [30, 140])
+def test_small_differences_survive_fp16(length):
+    """S − P is far below fp16's normal numbers here, and the gradient of the left operand is not."""
+    left, right = (torch.randn(1, length, HEADS * 16) * scale for scale in (1e-3, 30))
+    student = [left.to(fp16), right.to(fp16)]
+    teacher = [student[0].float() * 1.001, student[1].float()]
+    _, grad, _ = launch(student, teacher, [length])
+    truth = definition(student, teacher, [length], dtype=torch.float64)[1]
+    assert (grad - truth).abs().max() <= 0.01 * truth.abs().max()
 
 
 def test_equal_operands_have_neither_loss_nor_gradient():
