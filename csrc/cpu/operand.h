@@ -42,6 +42,19 @@ void with_type(c10::ScalarType dtype, Function function) {
   }
 }
 
+// Asks for a token that will be loaded, or stored, soon: the rows of a head lie far apart, where the hardware does not
+// look ahead.
+template <bool kForStore>
+void prefetch(const Tokens& tokens, int64_t token) {
+  if (token < tokens.count) {
+    const char* row = tokens.at(token);
+    const int64_t bytes = tokens.width * static_cast<int64_t>(c10::elementSize(tokens.dtype));
+    for (int64_t offset = 0; offset < bytes; offset += 64) {
+      __builtin_prefetch(row + offset, kForStore, /*locality*/ 2);
+    }
+  }
+}
+
 // rows (up to 64 tokens from `begin`, leading dimension `ld`) = the tokens in fp32, zero up to a multiple of 16 both ways.
 inline void load_rows(const Tokens& tokens, int64_t begin, float* rows, int64_t ld) {
   const int64_t count = std::min(kTile, tokens.count - begin);

@@ -47,19 +47,18 @@ struct LaneSums {
 
 class HeadTiles {
  public:
-  static constexpr int64_t kGroup = 4;
-
   // `keep`: all tiles of the operands stay packed. Else four row tiles are worked on together, so that the column tiles
-  // that meet them are packed once for 256 rows.
+  // that meet them are packed once for 256 rows; one row tile where the heads are wide.
   // Scratch in floats, with n = the longest sequence rounded up to tiles, s and t the widths rounded up to 16:
   //   keep:  n · (2s + 2t), twice for a cross relation, + (n + 64) · s for the gradient
-  //   else:  320 · (2s + 2t) + (n + 256) · s: of the length depends the gradient of the columns alone
+  //   else:  320 · (2s + 2t) + (n + 256) · s; wide 128 · (2s + 2t) + (n + 64) · s: of the length depends the gradient
+  //          of the columns alone
   HeadTiles(Arena& arena, const Relation& relation, bool keep)
       : relation(relation),
-        group(keep ? 1 : kGroup),
+        group(keep || relation.student_width + relation.teacher_width > 128 ? 1 : 4),
         shared_(keep && !relation.cross),
-        student_(arena, relation.student_width, keep ? tiles_of(relation.longest) : kGroup),
-        teacher_(arena, relation.teacher_width, keep ? tiles_of(relation.longest) : kGroup),
+        student_(arena, relation.student_width, keep ? tiles_of(relation.longest) : group),
+        teacher_(arena, relation.teacher_width, keep ? tiles_of(relation.longest) : group),
         student_right_(arena, relation.student_width, !keep ? 1 : relation.cross ? tiles_of(relation.longest) : 0),
         teacher_right_(arena, relation.teacher_width, !keep ? 1 : relation.cross ? tiles_of(relation.longest) : 0),
         row_grad_(arena.take(relation.with_grad ? group * kTile * student_.ld : 0)),
@@ -94,6 +93,16 @@ class HeadTiles {
             student, kTile, false);
     product(side(i), side(j), relation.teacher_width, teacher_.rows(i), teacher_.ld, teacher_right().columns(j), kTile,
             teacher, kTile, false);
+  }
+
+  // The same for a tile on the diagonal of a self relation, from each row's block of 16 on: it is symmetric.
+  void score_diagonal(int64_t i, float* student, float* teacher) {
+    for (int64_t row = 0; row < side(i); row += 16) {
+      product(16, side(i) - row, relation.student_width, student_.rows(i) + row * student_.ld, student_.ld,
+              student_.columns(i) + row, kTile, student + row * kTile + row, kTile, false);
+      product(16, side(i) - row, relation.teacher_width, teacher_.rows(i) + row * teacher_.ld, teacher_.ld,
+              teacher_.columns(i) + row, kTile, teacher + row * kTile + row, kTile, false);
+    }
   }
 
   void begin_row_gradients(int64_t first) {

@@ -60,13 +60,16 @@ Tensor new_gradient(const MaybeTensor& of, const Batch& batch) {
 }
 
 void clear_padding(const Tokens& grad, int64_t positions) {
-  for (int64_t i = grad.count; i < positions; ++i) {
+  for (int64_t i = grad.count; grad.first && i < positions; ++i) {
     std::memset(grad.at(i), 0, grad.width * c10::elementSize(grad.dtype));
   }
 }
 
-// How much scratch a form needs on each thread: with everything kept if that fits in 2 MiB, so that it stays in the
-// caches, else with scores computed twice.
+// How much scratch a form needs on each thread, beside 13 KiB of sums per row tile: with everything kept if that fits in
+// 2 MiB, so that it stays in the caches, else with scores computed twice. Then, with n = the longest sequence rounded up
+// to tiles, s and t the head widths rounded up to 16, it is n · (s + 10) + 896 s + 640 t + 8192 floats, wide heads
+// n · (s + 10) + 320 s + 256 t + 8192: within max(2 MiB, 4 n · (s + 64) bytes) for s + t <= 256, whatever the batch and
+// the number of heads.
 struct Plan {
   bool keep;
   int64_t floats;
@@ -106,16 +109,36 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Mayb
                           cross,
                           causal,
                           with_grad};
+  const int64_t padded_length = student.dim() == 3 ? student.size(1) : 0;
   const bool symmetric = !cross && !causal;
   const Plan strip_plan = plan_of<StripForm>(relation), symmetric_plan = plan_of<SymmetricForm>(relation);
   const int64_t scratch_bytes = std::max(strip_plan.floats, symmetric ? symmetric_plan.floats : 0) * sizeof(float);
 
+  const auto head_of = [&](int64_t task) {
+    const int64_t b = longest_first[task / num_heads], h = task % num_heads;
+    Head head;
+    head.student = batch.tokens(student, b, h, num_heads);
+    head.teacher = batch.tokens(teacher, b, h, num_heads);
+    if (cross) {
+      head.student_right = batch.tokens(*student_right, b, h, num_heads);
+      head.teacher_right = batch.tokens(*teacher_right, b, h, num_heads);
+    }
+    if (with_grad) {
+      head.grad = batch.tokens(grad, b, h, num_heads);
+    }
+    if (with_grad && cross) {
+      head.grad_right = batch.tokens(grad_right, b, h, num_heads);
+    }
+    return head;
+  };
+
   // A head is computed by one thread, and its result does not depend on which: the sums over heads are taken in their
-  // order afterwards, so that the loss is the same for every number of threads.
-  std::vector<double> divergences(batch.size * num_heads);
-  std::atomic<int64_t> next{0};
-  const int64_t tasks = batch.size * num_heads;
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+  // order afterwards, so that the loss is the same for every number of threads. A thread takes several neighbouring heads
+  // at once, whose channels lie side by side, as long as enough are left for the others.
+  const int64_t tasks = batch.size * num_heads, threads = std::min<int64_t>(tasks, at::get_num_threads());
+  std::vector<double> divergences(tasks);
+  std::atomic<int64_t> taken{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);
     // One after the other, the forms use the same scratch.
     Arena strip_arena(static_cast<float*>(scratch.get())), symmetric_arena(static_cast<float*>(scratch.get()));
@@ -124,26 +147,23 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Mayb
     if (symmetric) {
       half.emplace(symmetric_arena, relation, symmetric_plan.keep);
     }
-    for (int64_t task = next++; task < tasks; task = next++) {
-      const int64_t b = longest_first[task / num_heads], h = task % num_heads;
-      Head head;
-      head.student = batch.tokens(student, b, h, num_heads);
-      head.teacher = batch.tokens(teacher, b, h, num_heads);
-      if (cross) {
-        head.student_right = batch.tokens(*student_right, b, h, num_heads);
-        head.teacher_right = batch.tokens(*teacher_right, b, h, num_heads);
+    for (;;) {
+      int64_t begin = taken, end;
+      do {
+        end = begin + std::clamp<int64_t>((tasks - begin) / (4 * threads), 1, 8);
+      } while (!taken.compare_exchange_weak(begin, end));
+      if (begin >= tasks) {
+        break;
       }
-      if (with_grad) {
-        head.grad = batch.tokens(grad, b, h, num_heads);
-        clear_padding(head.grad, grad.dim() == 3 ? grad.size(1) : 0);
-      }
-      if (with_grad && cross) {
-        head.grad_right = batch.tokens(grad_right, b, h, num_heads);
-        clear_padding(head.grad_right, grad.dim() == 3 ? grad.size(1) : 0);
-      }
-      if (head.student.count > 0) {
-        const std::optional<double> divergence = half ? half->run(head) : std::nullopt;
-        divergences[b * num_heads + h] = divergence ? *divergence : strip.run(head);
+      for (int64_t task = begin; task < end; ++task) {
+        const Head head = head_of(task), next = task + 1 < end ? head_of(task + 1) : Head();
+        clear_padding(head.grad, padded_length);
+        clear_padding(head.grad_right, padded_length);
+        if (head.student.count > 0) {
+          const std::optional<double> divergence = half ? half->run(head, next) : std::nullopt;
+          divergences[longest_first[task / num_heads] * num_heads + task % num_heads] =
+              divergence ? *divergence : strip.run(head);
+        }
       }
     }
   });

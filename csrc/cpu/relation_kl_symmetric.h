@@ -23,7 +23,7 @@ class SymmetricForm {
   static constexpr float kWidestSpread = 58.f;
 
   // `keep`: the tiles of both score matrices stay until the gradient is taken: n · (n + 64) floats of scratch, n being
-  // the longest sequence rounded up to tiles. Else every score is computed twice, in 8192 floats. And 11 · n for the rows.
+  // the longest sequence rounded up to tiles. Else every score is computed twice, in 8192 floats. And 10 · n for the rows.
   SymmetricForm(Arena& arena, const Relation& relation, bool keep)
       : tiles_(arena, relation, keep),
         keep_(keep),
@@ -36,8 +36,11 @@ class SymmetricForm {
         lanes_(tiles_.group) {}
 
   // Returns Σ_rows KL(teacher ‖ student) and writes the gradient; nothing where the diagonal spreads too far.
-  std::optional<double> run(const Head& head) {
+  // Meanwhile it asks for the tokens of the head that comes next.
+  std::optional<double> run(const Head& head, const Head& next) {
     tiles_.bind(head);
+    next_ = next;
+    grad_ = head.grad;
     count_ = head.student.count;
     if (!weigh_tokens()) {
       return std::nullopt;
@@ -97,7 +100,7 @@ class SymmetricForm {
     for (int64_t i = 0; i < tiles_.tiles(); ++i) {
       float* student = student_scores_ + slot(i, i);
       float* teacher = teacher_scores_ + slot(i, i);
-      tiles_.score(i, i, student, teacher);
+      tiles_.score_diagonal(i, student, teacher);
       for (int64_t row = 0; row < tiles_.side(i); ++row) {
         student_.half[i * kTile + row] = 0.5f * student[row * kTile + row];
         teacher_.half[i * kTile + row] = 0.5f * teacher[row * kTile + row];
@@ -132,13 +135,9 @@ class SymmetricForm {
     }
     for_each_tile(first, last, [&](int64_t i, int64_t j) {
       if (i != j || !keep_) { // the kept tiles of the diagonal are there since the tokens were weighed
-        tiles_.score(i, j, student_scores_ + slot(i, j), teacher_scores_ + slot(i, j));
+        score(i, j);
       }
-      if (i == j) {
-        accumulate<true>(i, j, lanes_[i - first]);
-      } else {
-        accumulate<false>(i, j, lanes_[i - first]);
-      }
+      accumulate(i, j, lanes_[i - first]);
     });
     for (int64_t i = first; i < last; ++i) {
       for (int64_t row = 0; row < tiles_.tokens(i); ++row) {
@@ -150,28 +149,46 @@ class SymmetricForm {
     }
   }
 
-  // Turns the products of tile (i, j) into exponentials, and adds them to the sums of their rows and, off the diagonal,
-  // of their columns. A tile on the diagonal holds each pair twice, so that its rows are enough.
-  template <bool kDiagonal>
-  void accumulate(int64_t i, int64_t j, LaneSums& lanes) {
-    constexpr int64_t kRows = 4; // whose row sums and common column sums fit in the registers
-    for (int64_t row = 0; row < tiles_.side(i); row += kRows) {
-      accumulate_rows<kDiagonal, kRows>(i * kTile + row, j * kTile, tiles_.side(j),
-                                        student_scores_ + slot(i, j) + row * kTile,
-                                        teacher_scores_ + slot(i, j) + row * kTile, lanes, row);
+  void score(int64_t i, int64_t j) {
+    if (i == j) {
+      tiles_.score_diagonal(i, student_scores_ + slot(i, i), teacher_scores_ + slot(i, i));
+    } else {
+      tiles_.score(i, j, student_scores_ + slot(i, j), teacher_scores_ + slot(i, j));
     }
   }
 
-  template <bool kDiagonal, int64_t kRows>
-  void accumulate_rows(int64_t first_row, int64_t first_column, int64_t columns, float* student, float* teacher,
-                       LaneSums& lanes, int64_t lane_row) {
+  // Where a row of tile (i, j) begins: on the diagonal at its block of 16.
+  static int64_t begin(int64_t i, int64_t j, int64_t row) {
+    return i == j ? row / 16 * 16 : 0;
+  }
+
+  // Turns the products of tile (i, j) into exponentials, and adds them to the sums of their rows and of their columns,
+  // but for the blocks on the diagonal, which hold each pair twice, so that their rows are enough.
+  void accumulate(int64_t i, int64_t j, LaneSums& lanes) {
+    for (int64_t row = 0; row < tiles_.side(i); row += kRows) {
+      if (i == j) {
+        for (int64_t token = i * kTile + row; token < i * kTile + row + kRows; ++token) {
+          prefetch<false>(next_.student, token);
+          prefetch<false>(next_.teacher, token);
+          prefetch<true>(grad_, token);
+        }
+      }
+      accumulate_rows(i, j, row, lanes);
+    }
+  }
+
+  void accumulate_rows(int64_t i, int64_t j, int64_t first_row, LaneSums& lanes) {
+    const int64_t first_column = begin(i, j, first_row);
+    const int64_t diagonal_end = i == j ? first_column + 16 : 0;
+    float* student = student_scores_ + slot(i, j) + first_row * kTile;
+    float* teacher = teacher_scores_ + slot(i, j) + first_row * kTile;
     Vec student_sum[kRows], teacher_sum[kRows], weighted_sum[kRows];
     std::fill_n(student_sum, kRows, Vec(0.f));
     std::fill_n(teacher_sum, kRows, Vec(0.f));
     std::fill_n(weighted_sum, kRows, Vec(0.f));
     const Vec student_scale(student_.scale), teacher_scale(teacher_.scale);
-    for (int64_t c = 0; c < columns; c += Vec::size()) {
-      const int64_t column = first_column + c;
+    for (int64_t c = first_column; c < tiles_.side(j); c += Vec::size()) {
+      const int64_t column = j * kTile + c;
       const Vec student_half = Vec::loadu(student_.half + column), teacher_half = Vec::loadu(teacher_.half + column);
       const Vec student_weight = Vec::loadu(student_.weight + column);
       const Vec teacher_weight = Vec::loadu(teacher_.weight + column);
@@ -179,7 +196,7 @@ class SymmetricForm {
       Vec student_column(0.f), teacher_column(0.f), weighted_column(0.f);
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kRows; ++r) {
-        const int64_t row = first_row + r;
+        const int64_t row = i * kTile + first_row + r;
         float* s_tile = student + r * kTile + c;
         float* t_tile = teacher + r * kTile + c;
         const Vec s = (Vec::loadu(s_tile) - (student_half + Vec(student_.half[row]))) * student_scale;
@@ -191,23 +208,21 @@ class SymmetricForm {
         const Vec t_weighted = t_exp * teacher_weight;
         teacher_sum[r] = teacher_sum[r] + t_weighted;
         weighted_sum[r] = at::vec::fmadd(t_weighted, difference + offset, weighted_sum[r]);
-        if constexpr (!kDiagonal) {
-          student_column = at::vec::fmadd(s_exp, Vec(student_.weight[row]), student_column);
-          const Vec t_weighted_by_row = t_exp * Vec(teacher_.weight[row]);
-          teacher_column = teacher_column + t_weighted_by_row;
-          weighted_column = at::vec::fmadd(t_weighted_by_row, difference + Vec(offset_[row]), weighted_column);
-        }
+        student_column = at::vec::fmadd(s_exp, Vec(student_.weight[row]), student_column);
+        const Vec t_weighted_by_row = t_exp * Vec(teacher_.weight[row]);
+        teacher_column = teacher_column + t_weighted_by_row;
+        weighted_column = at::vec::fmadd(t_weighted_by_row, difference + Vec(offset_[row]), weighted_column);
       }
-      if constexpr (!kDiagonal) {
+      if (c >= diagonal_end) {
         add(student_column, student_.sum + column);
         add(teacher_column, teacher_.sum + column);
         add(weighted_column, weighted_sum_ + column);
       }
     }
     for (int64_t r = 0; r < kRows; ++r) {
-      add(student_sum[r], lanes.student + (lane_row + r) * Vec::size());
-      add(teacher_sum[r], lanes.teacher + (lane_row + r) * Vec::size());
-      add(weighted_sum[r], lanes.weighted + (lane_row + r) * Vec::size());
+      add(student_sum[r], lanes.student + (first_row + r) * Vec::size());
+      add(teacher_sum[r], lanes.teacher + (first_row + r) * Vec::size());
+      add(weighted_sum[r], lanes.weighted + (first_row + r) * Vec::size());
     }
   }
 
@@ -237,7 +252,7 @@ class SymmetricForm {
       float* student = student_scores_ + slot(i, j);
       float* teacher = teacher_scores_ + slot(i, j);
       if (!keep_) {
-        tiles_.score(i, j, student, teacher);
+        score(i, j);
         exponentiate(i, j, student, teacher);
       }
       symmetric_difference(i, j, student, teacher);
@@ -252,7 +267,7 @@ class SymmetricForm {
   void exponentiate(int64_t i, int64_t j, float* student, float* teacher) {
     for (int64_t row = 0; row < tiles_.side(i); ++row) {
       const Vec student_half(student_.half[i * kTile + row]), teacher_half(teacher_.half[i * kTile + row]);
-      for (int64_t c = 0; c < tiles_.side(j); c += Vec::size()) {
+      for (int64_t c = begin(i, j, row); c < tiles_.side(j); c += Vec::size()) {
         const int64_t column = j * kTile + c;
         float* s = student + row * kTile + c;
         float* t = teacher + row * kTile + c;
@@ -270,8 +285,9 @@ class SymmetricForm {
       const int64_t column = j * kTile + c;
       const Vec s_weight = Vec::loadu(student_.weight + column), s_inverse = Vec::loadu(student_.inverse + column);
       const Vec t_weight = Vec::loadu(teacher_.weight + column), t_inverse = Vec::loadu(teacher_.inverse + column);
+      const int64_t rows = i == j ? c / 16 * 16 + 16 : tiles_.side(i); // down to the column's block on the diagonal
 #pragma GCC unroll 4
-      for (int64_t row = 0; row < tiles_.side(i); ++row) {
+      for (int64_t row = 0; row < rows; ++row) {
         const int64_t r = i * kTile + row;
         const Vec s_factor =
             at::vec::fmadd(s_weight, Vec(student_.inverse[r]), s_inverse * Vec(student_.weight[r]));
@@ -281,9 +297,19 @@ class SymmetricForm {
         at::vec::fmsub(Vec::loadu(s), s_factor, Vec::loadu(teacher + row * kTile + c) * t_factor).store(s);
       }
     }
+    if (i == j) {
+      for (int64_t block = 0; block + 16 < tiles_.side(i); block += 16) {
+        const float* right = student + block * kTile + block + 16;
+        transpose(16, tiles_.side(i) - block - 16, right, kTile, student + (block + 16) * kTile + block, kTile);
+      }
+    }
   }
 
+  static constexpr int64_t kRows = 4; // whose row sums and common column sums fit in the registers
+
   HeadTiles tiles_;
+  Head next_;
+  Tokens grad_;
   const bool keep_;
   float* student_scores_;
   float* teacher_scores_;

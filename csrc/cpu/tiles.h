@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <tuple>
 
 namespace fastkd {
 namespace {
@@ -59,61 +60,73 @@ inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda
 
 #else
 
-template <int kRows>
-void product_rows(int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                  bool add) {
-  constexpr int kColumns = 8; // kRows × kColumns sums stay in the 16 registers of SSE and of NEON
-  for (int64_t j = 0; j < n; j += kColumns) {
-    float sums[kRows][kColumns] = {};
-    for (int64_t l = 0; l < k; ++l) {
-      for (int row = 0; row < kRows; ++row) {
-        for (int column = 0; column < kColumns; ++column) {
-          sums[row][column] += a[row * lda + l] * b[l * ldb + j + column];
-        }
+// The same for every other CPU, left to the compiler's vectoriser: four rows of b at a time are added to a row of c.
+inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* __restrict b, int64_t ldb,
+                    float* __restrict c, int64_t ldc, bool add) {
+  for (int64_t i = 0; i < m; ++i, a += lda, c += ldc) {
+    if (!add) {
+      std::fill_n(c, n, 0.f);
+    }
+    int64_t l = 0;
+    for (; l + 4 <= k; l += 4) {
+      const float* row = b + l * ldb;
+      for (int64_t j = 0; j < n; ++j) {
+        c[j] += a[l] * row[j] + a[l + 1] * row[ldb + j] + a[l + 2] * row[2 * ldb + j] + a[l + 3] * row[3 * ldb + j];
       }
     }
-    for (int row = 0; row < kRows; ++row) {
-      for (int column = 0; column < kColumns; ++column) {
-        float& out = c[row * ldc + j + column];
-        out = add ? out + sums[row][column] : sums[row][column];
+    for (; l < k; ++l) {
+      for (int64_t j = 0; j < n; ++j) {
+        c[j] += a[l] * b[l * ldb + j];
       }
     }
-  }
-}
-
-// The same for every other CPU, left to the compiler's vectoriser; n is a multiple of 16.
-inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                    int64_t ldc, bool add) {
-  int64_t i = 0;
-  for (; i + 4 <= m; i += 4) {
-    product_rows<4>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
-  }
-  for (; i < m; ++i) {
-    product_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
   }
 }
 
 #endif
 
+// dst = transpose of a square block as wide as a vector.
+inline void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
+  constexpr int kLanes = Vec::size();
+  Vec rows[kLanes], mixed[kLanes];
+#pragma GCC unroll kLanes
+  for (int i = 0; i < kLanes; ++i) {
+    rows[i] = Vec::loadu(src + i * ld_src);
+  }
+  // Interleaving the first half of the rows with the second moves one bit of the row's number into the column's.
+#pragma GCC unroll kLanes
+  for (int bit = 1; bit < kLanes; bit *= 2) {
+#pragma GCC unroll kLanes
+    for (int i = 0; i < kLanes / 2; ++i) {
+      std::tie(mixed[2 * i], mixed[2 * i + 1]) = at::vec::interleave2(rows[i], rows[i + kLanes / 2]);
+    }
+#pragma GCC unroll kLanes
+    for (int i = 0; i < kLanes; ++i) {
+      rows[i] = mixed[i];
+    }
+  }
+#pragma GCC unroll kLanes
+  for (int i = 0; i < kLanes; ++i) {
+    rows[i].store(dst + i * ld_dst);
+  }
+}
+
 // dst (n × m) = transpose of src (m × n); both sides are multiples of 16.
 inline void transpose(int64_t m, int64_t n, const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
-  for (int64_t i = 0; i < m; i += 16) {
-    for (int64_t j = 0; j < n; j += 16) {
-      at::vec::transpose_mxn<float, 16, 16>(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst);
+  for (int64_t i = 0; i < m; i += Vec::size()) {
+    for (int64_t j = 0; j < n; j += Vec::size()) {
+      transpose_block(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst);
     }
   }
 }
 
 inline void add_transposed(int64_t m, int64_t n, const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
-  alignas(64) float block[16 * 16];
-  for (int64_t i = 0; i < m; i += 16) {
-    for (int64_t j = 0; j < n; j += 16) {
-      at::vec::transpose_mxn<float, 16, 16>(src + i * ld_src + j, ld_src, block, 16);
-      for (int64_t row = 0; row < 16; ++row) {
-        for (int64_t lane = 0; lane < 16; lane += Vec::size()) {
-          float* out = dst + (j + row) * ld_dst + i + lane;
-          (Vec::loadu(out) + Vec::loadu(block + row * 16 + lane)).store(out);
-        }
+  alignas(64) float block[Vec::size() * Vec::size()];
+  for (int64_t i = 0; i < m; i += Vec::size()) {
+    for (int64_t j = 0; j < n; j += Vec::size()) {
+      transpose_block(src + i * ld_src + j, ld_src, block, Vec::size());
+      for (int64_t row = 0; row < Vec::size(); ++row) {
+        float* out = dst + (j + row) * ld_dst + i;
+        (Vec::loadu(out) + Vec::loadu(block + row * Vec::size())).store(out);
       }
     }
   }
