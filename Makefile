@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 
+# OpenMP's threads spin while they wait; beside another busy program that made two threads 12 times slower than one.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test lint clean
 
 demo: $(STAMP)

@@ -31,3 +31,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, ConnectionError, FloatingPointError) as error:
         print(f"fastkd {command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"fastkd {command}: stopped", file=sys.stderr)
+        return 130  # what a shell gives for Ctrl-C

@@ -1,6 +1,6 @@
 """Train a small BERT on the docstrings of installed packages, shrink it with ARC, and compare. Nothing is downloaded.
 
-Takes about five minutes on two cores. The exit status is 1 if the student is not as good and faster than it must be.
+Takes about three minutes on two cores. The exit status is 1 if the student is not as good and faster than it must be.
 """
 
 

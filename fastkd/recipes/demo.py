@@ -38,7 +38,7 @@ from fastkd.recipes.plots import plot_accuracy_latency, plot_losses, plot_replac
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes and steps; the defaults take about five minutes on two cores.
+    """Sizes and steps; the defaults take about three minutes on two cores.
 
     Args:
         vocabulary, max_length: word pieces that are learned, and tokens of an example.
