@@ -20,6 +20,7 @@ backward multiplies it by upstream · factor in fp32 and casts last, so that the
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,24 @@ _SCHEMA = (
     " Tensor? order, SymInt max_length, int num_heads, bool causal, bool with_grad) -> (Tensor, Tensor, Tensor)"
 )
 _KERNEL_BACKENDS = ("reference", "cpp", "triton")
+
+
+class Call(NamedTuple):
+    """The arguments of one call, in the schema's order; the flop formula has shapes in the place of tensors."""
+
+    student: Tensor
+    student_right: Tensor | None
+    teacher: Tensor
+    teacher_right: Tensor | None
+    starts: Tensor
+    lengths: Tensor
+    order: Tensor | None
+    max_length: int
+    num_heads: int
+    causal: bool
+    with_grad: bool
+
+
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -175,42 +194,18 @@ backends.register(
 
 class _RelationKL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        student,
-        student_right,
-        teacher,
-        teacher_right,
-        starts,
-        lengths,
-        order,
-        max_length,
-        num_heads,
-        causal,
-        with_grad,
-        backend,
-    ):
-        return _OPS[backend](
-            student,
-            student_right,
-            teacher,
-            teacher_right,
-            starts,
-            lengths,
-            order,
-            max_length,
-            num_heads,
-            causal,
-            with_grad,
-        )
+    def forward(*call_and_backend):  # apply() binds names by inspection, on every call
+        *call, backend = call_and_backend
+        return _OPS[backend](*call)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, _, _, starts, lengths, _, _, num_heads, _, _, _ = inputs
+        call = Call(*inputs[:-1])
         _, grad, grad_right = output
         ctx.mark_non_differentiable(grad, grad_right)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad, grad_right, starts, lengths)
-        ctx.num_heads = num_heads
+        ctx.save_for_backward(grad, grad_right, call.starts, call.lengths)
+        ctx.num_heads = call.num_heads
 
     @staticmethod
     def backward(ctx, upstream, *_):
@@ -229,8 +224,19 @@ class _RelationKL(torch.autograd.Function):
         else:
             weight = weight[:, None, None]
         # The schema's stand-in for a gradient that is not wanted has one dimension; that of an empty batch has more.
-        scaled = [torch.mul(g, weight).to(g.dtype) if g.dim() > 1 else None for g in (grad, grad_right)]
+        scaled = [_times(g, weight) if g.dim() > 1 else None for g in (grad, grad_right)]
         return scaled[0], scaled[1], *(None,) * 10
+
+
+def _times(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad · weight, rounded once to the gradient's dtype. `weight` is fp32 (fp64 for fp64)."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.is_legacy_batchedtensor(weight)  # is_grads_batched=True: many upstream gradients
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+    ):
+        return torch.mul(grad, weight).to(grad.dtype)
+    return grad.mul_(weight)  # the graph ends here, nobody else sees the tensor, and a new one costs twice the time
 
 
 def relation_kl(
@@ -278,20 +284,9 @@ def relation_kl(
     chosen = backends.resolve("relation_kl", backend, x.device, dtype, width)
     starts, lengths, order, longest = sequences.layout(x, mask, cu_seqlens, max_seqlen)
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, rights.get("student")) if t is not None)
-    losses, _, _ = _RelationKL.apply(
-        x,
-        rights.get("student"),
-        lefts["teacher"],
-        rights.get("teacher"),
-        starts,
-        lengths,
-        order,
-        longest,
-        num_heads,
-        causal,
-        with_grad,
-        chosen,
-    )
+    rest = (starts, lengths, order, longest, num_heads, causal, with_grad)
+    call = Call(x, rights.get("student"), lefts["teacher"], rights.get("teacher"), *rest)
+    losses, _, _ = _RelationKL.apply(*call, chosen)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_finite(losses, lefts, rights)
     if reduction == "none":

@@ -138,9 +138,19 @@ class ArcRecipe:
         check_keys(self.student, ("layers", "hidden", "heads", "ffn", "init", "seed"), "student")
         if "layers" not in self.student:
             raise ValueError("student: layers must be given, e.g. student.layers=3")
+        if self.stage_a.get("train_embeddings"):
+            raise ValueError(
+                "stage_a.train_embeddings=true: stage B gives the student the fine-tuned teacher's embeddings, so what "
+                "stage A taught them would be lost; leave it out"
+            )
+        defaults = {"stage_a": {"train_embeddings": False}}
         return {
             name: from_settings(
-                cls, {"output_dir": str(Path(self.output_dir) / sub), "seed": self.seed} | getattr(self, name), name
+                cls,
+                {"output_dir": str(Path(self.output_dir) / sub), "seed": self.seed}
+                | defaults.get(name, {})
+                | getattr(self, name),
+                name,
             )
             for name, (cls, sub) in given.items()
         }

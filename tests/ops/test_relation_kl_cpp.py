@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastkd
+from fastkd.benchmarks.harness import peak_extra_bytes
 from fastkd.ops import backends
 from fastkd.ops.relation_kl import eager_relation_kl
 
@@ -232,6 +233,29 @@ def test_an_impossible_length_is_refused():
         torch.ops.fastkd.relation_kl_cpp(
             x, None, x, None, starts, torch.tensor([5], dtype=torch.int32), None, 5, 2, False, True
         )
+
+
+@pytest.mark.parametrize("widths", [(16, 16), (32, 64), (64, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("length", [64, 300, 1024, 4096, 6500])
+def test_scratch_stays_within_its_bound(length, widths):
+    """Beside gradient and losses, on one thread: max(2 MiB, 4 L (d_student + 64) bytes), L rounded up to tiles."""
+    if max(widths) > 64 and length > 4096:
+        pytest.skip("the same code as at 4096, for seconds")
+    lengths, starts = torch.tensor([length], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    student, teacher = (torch.randn(1, length, width) for width in widths)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        held = peak_extra_bytes(
+            lambda: torch.ops.fastkd.relation_kl_cpp(
+                student, None, teacher, None, starts, lengths, None, length, 1, False, True
+            ),
+            "cpu",
+        )
+    finally:
+        torch.set_num_threads(before)
+    bound = max(2 * 2**20, 4 * -(-length // 64) * 64 * (widths[0] + 64))
+    assert 0 < held - student.nbytes - lengths.nbytes <= bound
 
 
 MEMORY = """

@@ -173,3 +173,26 @@ def test_flops_of_a_cross_relation_are_those_of_the_eager_form(draw, backend):
         eager_relation_kl(students, teachers, lengths, 2).sum().backward()
     assert fused.get_total_flops() == eager.get_total_flops() > 0
     assert own.get_total_flops() == fused.get_total_flops() - 2 * 2 * 6 * 6 * 8
+
+
+def test_a_retained_graph_gives_the_same_gradient_again(draw, backend):
+    """The gradient is scaled where it lies once the graph is let go, and not before."""
+    student, teacher = draw(2, 6, (8, 12))
+    student.requires_grad_()
+    loss = relation_kl(student, teacher, 2, backend=backend.name)
+    first, second, last = (torch.autograd.grad(loss, student, retain_graph=keep)[0] for keep in (True, True, False))
+    assert first.abs().sum() > 0
+    assert torch.equal(first, second) and torch.equal(first, last)
+
+
+def test_many_upstream_gradients_in_one_backward(draw, backend):
+    student, teacher = draw(2, 6, (8, 12))
+    student.requires_grad_()
+
+    def losses():
+        return relation_kl(student, teacher, 2, reduction="none", backend=backend.name)
+
+    unit = torch.eye(2, device=backend.device)
+    (batched,) = torch.autograd.grad(losses(), student, unit, is_grads_batched=True)
+    alone = torch.stack([torch.autograd.grad(losses(), student, upstream)[0] for upstream in unit])
+    assert torch.equal(batched, alone)

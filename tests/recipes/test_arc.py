@@ -167,6 +167,7 @@ def test_nan_in_training_ends_with_one_line(train, monkeypatch, tmp_path, capsys
         (["stage_b.schedule=linaer"], "'linaer'"),
         (["stage_b.soft_weight=2"], "soft_weight=2; allowed is 0 to 1"),
         (["stage_b.groups=[[0, 1], [2]]"], "together the groups must be the predecessor's layers 0 to 3"),
+        (["stage_a.train_embeddings=true"], "what stage A taught them would be lost"),
         (["stage_a.max_length=500"], "max_length=500, but the model takes at most 32 tokens"),
         (["max_length=1"], "max_length=1 leaves no room for text; it must be at least 3"),
         (["finetune.learning_rte=1"], "finetune: unknown key 'learning_rte'; did you mean 'learning_rate'?"),
