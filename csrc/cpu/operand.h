@@ -77,43 +77,129 @@ inline void store_rows(const float* rows, int64_t ld, const Tokens& tokens, int6
   });
 }
 
-// Tiles of 64 tokens, packed when they are first asked for: `rows` is 64 × ld, `columns` its transpose, ld × 64.
-// `slots` tiles are kept; with fewer slots than tiles, tile j takes the place of tile j - slots.
+// How the tokens of one tile lie in scratch, for the products they take part in, with elements of type Element:
+//
+//     scores             left · right            left (tokens × depth), right (depth × tokens)
+//     row gradient       G · row_factor          (tokens × ld)
+//     column gradient    column_factor · G       (ld × tokens), the transposed gradient
+template <typename Element>
+struct Packing;
+
+// fp32: the rows as they come, and their transpose.
+template <>
+struct Packing<float> {
+  explicit Packing(int64_t width) : ld(padded(width)), left_ld(ld), depth(width) {}
+
+  int64_t floats(bool /*gradient*/) const {
+    return 2 * kTile * ld;
+  }
+
+  void pack(const Tokens& tokens, int64_t begin, float* tile, bool /*gradient*/) const {
+    load_rows(tokens, begin, tile, ld);
+    transpose(padded(std::min(kTile, tokens.count - begin)), ld, tile, ld, tile + kTile * ld, kTile);
+  }
+
+  const float* left(const float* tile, int64_t row) const {
+    return tile + row * ld;
+  }
+
+  const float* right(const float* tile, int64_t column) const {
+    return tile + kTile * ld + column;
+  }
+
+  const float* row_factor(const float* tile) const {
+    return tile;
+  }
+
+  const float* column_factor(const float* tile) const {
+    return tile + kTile * ld;
+  }
+
+  const int64_t ld; // the width, rounded up to a multiple of 16
+  const int64_t left_ld;
+  const int64_t depth;
+};
+
+// A tile of G as its products take it: written two rows at a time, or packed from fp32.
+template <typename Element>
+struct Gradient;
+
+template <>
+struct Gradient<float> {
+  explicit Gradient(Arena& /*arena*/) {}
+
+  void begin(float* in_place) {
+    columns = rows = in_place;
+  }
+
+  void store(int64_t row, int64_t column, const Vec& even, const Vec& odd) {
+    even.store(rows + row * kTile + column);
+    odd.store(rows + (row + 1) * kTile + column);
+  }
+
+  void pack(int64_t /*m*/, int64_t /*n*/, float* g) {
+    begin(g);
+  }
+
+  float* rows = nullptr; // for the row gradient
+  const float* columns = nullptr; // for the column gradient
+};
+
+// Tiles of 64 tokens, packed when they are first asked for. `slots` tiles are kept; with fewer slots than tiles, tile j
+// takes the place of tile j - slots. `gradient`: whether the factors of the gradients will be asked for.
+template <typename Element>
 class Operand {
  public:
-  Operand(Arena& arena, int64_t width, int64_t slots)
-      : ld(padded(width)), slots_(slots), tiles_(arena.take(slots * size_of_tile())), packed_(slots) {}
+  Operand(Arena& arena, int64_t width, int64_t slots, bool gradient)
+      : packing_(width),
+        slots_(slots),
+        gradient_(gradient),
+        tiles_(arena.take(slots * packing_.floats(gradient))),
+        packed_(slots),
+        ld(packing_.ld),
+        left_ld(packing_.left_ld),
+        depth(packing_.depth) {}
 
   void bind(const Tokens& tokens) {
     tokens_ = tokens;
     std::fill(packed_.begin(), packed_.end(), -1);
   }
 
-  const float* rows(int64_t tile) {
-    float* rows = tiles_ + tile % slots_ * size_of_tile();
-    if (packed_[tile % slots_] != tile) {
-      packed_[tile % slots_] = tile;
-      load_rows(tokens_, tile * kTile, rows, ld);
-      transpose(padded(std::min(kTile, tokens_.count - tile * kTile)), ld, rows, ld, rows + kTile * ld, kTile);
-    }
-    return rows;
+  const Element* left(int64_t tile, int64_t row = 0) {
+    return packing_.left(packed(tile), row);
   }
 
-  const float* columns(int64_t tile) {
-    return rows(tile) + kTile * ld;
+  const Element* right(int64_t tile, int64_t column = 0) {
+    return packing_.right(packed(tile), column);
   }
 
-  const int64_t ld; // the width, rounded up to a multiple of 16
+  const Element* row_factor(int64_t tile) {
+    return packing_.row_factor(packed(tile));
+  }
+
+  const Element* column_factor(int64_t tile) {
+    return packing_.column_factor(packed(tile));
+  }
 
  private:
-  int64_t size_of_tile() const {
-    return 2 * kTile * ld;
+  const float* packed(int64_t tile) {
+    float* memory = tiles_ + tile % slots_ * packing_.floats(gradient_);
+    if (packed_[tile % slots_] != tile) {
+      packed_[tile % slots_] = tile;
+      packing_.pack(tokens_, tile * kTile, memory, gradient_);
+    }
+    return memory;
   }
 
-  int64_t slots_;
+  const Packing<Element> packing_;
+  const int64_t slots_;
+  const bool gradient_;
   float* tiles_;
   std::vector<int64_t> packed_; // which tile each slot holds
   Tokens tokens_;
+
+ public:
+  const int64_t ld, left_ld, depth;
 };
 
 } // namespace

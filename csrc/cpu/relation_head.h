@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "operand.h"
+#include "operand_bf16.h"
 
 namespace fastkd {
 namespace {
@@ -45,6 +46,8 @@ struct LaneSums {
   }
 };
 
+// Element: of the tiles that are multiplied. Sums, scores and exponentials are fp32.
+template <typename Element>
 class HeadTiles {
  public:
   // `keep`: all tiles of the operands stay packed. Else four row tiles are worked on together, so that the column tiles
@@ -53,14 +56,16 @@ class HeadTiles {
   //   keep:  n · (2s + 2t), twice for a cross relation, + (n + 64) · s for the gradient
   //   else:  320 · (2s + 2t) + (n + 256) · s; wide 128 · (2s + 2t) + (n + 64) · s: of the length depends the gradient
   //          of the columns alone
+  // The same for bf16 tiles, which are half as large and lie twice, but for 4096 floats more.
   HeadTiles(Arena& arena, const Relation& relation, bool keep)
       : relation(relation),
         group(keep || relation.student_width + relation.teacher_width > 128 ? 1 : 4),
+        gradient(arena),
         shared_(keep && !relation.cross),
-        student_(arena, relation.student_width, keep ? tiles_of(relation.longest) : group),
-        teacher_(arena, relation.teacher_width, keep ? tiles_of(relation.longest) : group),
-        student_right_(arena, relation.student_width, !keep ? 1 : relation.cross ? tiles_of(relation.longest) : 0),
-        teacher_right_(arena, relation.teacher_width, !keep ? 1 : relation.cross ? tiles_of(relation.longest) : 0),
+        student_(arena, relation.student_width, keep ? tiles_of(relation.longest) : group, relation.with_grad),
+        teacher_(arena, relation.teacher_width, keep ? tiles_of(relation.longest) : group, false),
+        student_right_(arena, relation.student_width, right_slots(relation, keep), relation.with_grad),
+        teacher_right_(arena, relation.teacher_width, right_slots(relation, keep), false),
         row_grad_(arena.take(relation.with_grad ? group * kTile * student_.ld : 0)),
         column_grad_(arena.take(relation.with_grad ? tiles_of(relation.longest) * kTile * student_.ld : 0)) {}
 
@@ -89,19 +94,19 @@ class HeadTiles {
 
   // The dot products of tile (i, j).
   void score(int64_t i, int64_t j, float* student, float* teacher) {
-    product(side(i), side(j), relation.student_width, student_.rows(i), student_.ld, student_right().columns(j), kTile,
+    product(side(i), side(j), student_.depth, student_.left(i), student_.left_ld, student_right().right(j), kTile,
             student, kTile, false);
-    product(side(i), side(j), relation.teacher_width, teacher_.rows(i), teacher_.ld, teacher_right().columns(j), kTile,
+    product(side(i), side(j), teacher_.depth, teacher_.left(i), teacher_.left_ld, teacher_right().right(j), kTile,
             teacher, kTile, false);
   }
 
   // The same for a tile on the diagonal of a self relation, from each row's block of 16 on: it is symmetric.
   void score_diagonal(int64_t i, float* student, float* teacher) {
     for (int64_t row = 0; row < side(i); row += 16) {
-      product(16, side(i) - row, relation.student_width, student_.rows(i) + row * student_.ld, student_.ld,
-              student_.columns(i) + row, kTile, student + row * kTile + row, kTile, false);
-      product(16, side(i) - row, relation.teacher_width, teacher_.rows(i) + row * teacher_.ld, teacher_.ld,
-              teacher_.columns(i) + row, kTile, teacher + row * kTile + row, kTile, false);
+      product(16, side(i) - row, student_.depth, student_.left(i, row), student_.left_ld, student_.right(i, row), kTile,
+              student + row * kTile + row, kTile, false);
+      product(16, side(i) - row, teacher_.depth, teacher_.left(i, row), teacher_.left_ld, teacher_.right(i, row), kTile,
+              teacher + row * kTile + row, kTile, false);
     }
   }
 
@@ -110,14 +115,15 @@ class HeadTiles {
     std::fill(row_grad_, row_grad_ + group * kTile * student_.ld, 0.f);
   }
 
-  // What tile (i, j) of G adds to the gradient of its rows, G · Right, and of its columns, Gᵀ · Left.
-  void add_row_gradient(int64_t i, int64_t j, const float* g) {
-    product(side(i), student_.ld, side(j), g, kTile, student_right().rows(j), student_.ld, row_grad(i), student_.ld, true);
-  }
-
-  void add_column_gradient(int64_t i, int64_t j, const float* g) {
-    // As (Leftᵀ · G)ᵀ, which needs no transpose of G.
-    product(relation.student_width, side(j), side(i), student_.columns(i), kTile, g, kTile, column_grad(j), kTile, true);
+  // Adds what tile (i, j) of G, in `gradient`, gives to the gradient of its rows, G · Right, and, if `columns`, to that
+  // of its columns, Gᵀ · Left.
+  void add_gradients(int64_t i, int64_t j, bool columns) {
+    product(side(i), student_.ld, side(j), gradient.rows, kTile, student_right().row_factor(j), student_.ld, row_grad(i),
+            student_.ld, true);
+    if (columns) { // as (Leftᵀ · G)ᵀ, which needs no transpose of G
+      product(relation.student_width, side(j), side(i), student_.column_factor(i), kTile, gradient.columns, kTile,
+              column_grad(j), kTile, true);
+    }
   }
 
   void end_row_gradients(int64_t last) {
@@ -139,13 +145,18 @@ class HeadTiles {
 
   const Relation relation;
   const int64_t group; // row tiles worked on together
+  Gradient<Element> gradient; // the tile of G that add_gradients takes up
 
  private:
-  Operand& student_right() {
+  static int64_t right_slots(const Relation& relation, bool keep) {
+    return !keep ? 1 : relation.cross ? tiles_of(relation.longest) : 0;
+  }
+
+  Operand<Element>& student_right() {
     return shared_ ? student_ : student_right_;
   }
 
-  Operand& teacher_right() {
+  Operand<Element>& teacher_right() {
     return shared_ ? teacher_ : teacher_right_;
   }
 
@@ -158,7 +169,7 @@ class HeadTiles {
   }
 
   const bool shared_; // the tiles of a self relation are packed once for both sides
-  Operand student_, teacher_, student_right_, teacher_right_;
+  Operand<Element> student_, teacher_, student_right_, teacher_right_;
   float* row_grad_;
   float* column_grad_;
   int64_t first_ = 0;

@@ -68,7 +68,7 @@ void clear_padding(const Tokens& grad, int64_t positions) {
 // How much scratch a form needs on each thread, beside 13 KiB of sums per row tile: with everything kept if that fits in
 // 2 MiB, so that it stays in the caches, else with scores computed twice. Then, with n = the longest sequence rounded up
 // to tiles, s and t the head widths rounded up to 16, it is n · (s + 10) + 896 s + 640 t + 8192 floats, wide heads
-// n · (s + 10) + 320 s + 256 t + 8192: within max(2 MiB, 4 n · (s + 64) bytes) for s + t <= 256, whatever the batch and
+// n · (s + 10) + 320 s + 256 t + 8192, and 4096 more for bf16 tiles: within max(2 MiB, 4 n · (s + 64) bytes) for s + t <= 256, whatever the batch and
 // the number of heads.
 struct Plan {
   bool keep;
@@ -81,6 +81,51 @@ Plan plan_of(const Relation& relation) {
   Arena everything(nullptr), little(nullptr);
   const Form kept(everything, relation, true), recomputed(little, relation, false);
   return everything.used() <= kLimit ? Plan{true, everything.used()} : Plan{false, little.used()};
+}
+
+// Computes the heads 0 ... tasks - 1 and returns their divergences. A head is computed by one thread, and its result does
+// not depend on which. A thread takes several neighbouring heads at once, whose channels lie side by side, as long as
+// enough are left for the others.
+template <typename Element, typename HeadOf>
+std::vector<double> run_heads(const Relation& relation, int64_t tasks, int64_t padded_length, const HeadOf& head_of) {
+  using Strip = StripForm<Element>;
+  using Symmetric = SymmetricForm<Element>;
+  const bool symmetric = !relation.cross && !relation.causal;
+  const Plan strip_plan = plan_of<Strip>(relation), symmetric_plan = plan_of<Symmetric>(relation);
+  const int64_t scratch_bytes = std::max(strip_plan.floats, symmetric ? symmetric_plan.floats : 0) * sizeof(float);
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+  std::vector<double> divergences(tasks);
+  std::atomic<int64_t> taken{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);
+    // One after the other, the forms use the same scratch.
+    Arena strip_arena(static_cast<float*>(scratch.get())), symmetric_arena(static_cast<float*>(scratch.get()));
+    Strip strip(strip_arena, relation, strip_plan.keep);
+    std::optional<Symmetric> half;
+    if (symmetric) {
+      half.emplace(symmetric_arena, relation, symmetric_plan.keep);
+    }
+    for (;;) {
+      int64_t begin = taken, end;
+      do {
+        end = begin + std::clamp<int64_t>((tasks - begin) / (4 * threads), 1, 8);
+      } while (!taken.compare_exchange_weak(begin, end));
+      if (begin >= tasks) {
+        break;
+      }
+      for (int64_t task = begin; task < end; ++task) {
+        const Head head = head_of(task), next = task + 1 < end ? head_of(task + 1) : Head();
+        clear_padding(head.grad, padded_length);
+        clear_padding(head.grad_right, padded_length);
+        if (head.student.count > 0) {
+          const std::optional<double> divergence = half ? half->run(head, next) : std::nullopt;
+          divergences[task] = divergence ? *divergence : strip.run(head);
+        }
+      }
+    }
+    end_products<Element>();
+  });
+  return divergences;
 }
 
 std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const MaybeTensor& student_right,
@@ -109,11 +154,6 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Mayb
                           cross,
                           causal,
                           with_grad};
-  const int64_t padded_length = student.dim() == 3 ? student.size(1) : 0;
-  const bool symmetric = !cross && !causal;
-  const Plan strip_plan = plan_of<StripForm>(relation), symmetric_plan = plan_of<SymmetricForm>(relation);
-  const int64_t scratch_bytes = std::max(strip_plan.floats, symmetric ? symmetric_plan.floats : 0) * sizeof(float);
-
   const auto head_of = [&](int64_t task) {
     const int64_t b = longest_first[task / num_heads], h = task % num_heads;
     Head head;
@@ -132,45 +172,16 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Mayb
     return head;
   };
 
-  // A head is computed by one thread, and its result does not depend on which: the sums over heads are taken in their
-  // order afterwards, so that the loss is the same for every number of threads. A thread takes several neighbouring heads
-  // at once, whose channels lie side by side, as long as enough are left for the others.
-  const int64_t tasks = batch.size * num_heads, threads = std::min<int64_t>(tasks, at::get_num_threads());
-  std::vector<double> divergences(tasks);
-  std::atomic<int64_t> taken{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);
-    // One after the other, the forms use the same scratch.
-    Arena strip_arena(static_cast<float*>(scratch.get())), symmetric_arena(static_cast<float*>(scratch.get()));
-    StripForm strip(strip_arena, relation, strip_plan.keep);
-    std::optional<SymmetricForm> half;
-    if (symmetric) {
-      half.emplace(symmetric_arena, relation, symmetric_plan.keep);
-    }
-    for (;;) {
-      int64_t begin = taken, end;
-      do {
-        end = begin + std::clamp<int64_t>((tasks - begin) / (4 * threads), 1, 8);
-      } while (!taken.compare_exchange_weak(begin, end));
-      if (begin >= tasks) {
-        break;
-      }
-      for (int64_t task = begin; task < end; ++task) {
-        const Head head = head_of(task), next = task + 1 < end ? head_of(task + 1) : Head();
-        clear_padding(head.grad, padded_length);
-        clear_padding(head.grad_right, padded_length);
-        if (head.student.count > 0) {
-          const std::optional<double> divergence = half ? half->run(head, next) : std::nullopt;
-          divergences[longest_first[task / num_heads] * num_heads + task % num_heads] =
-              divergence ? *divergence : strip.run(head);
-        }
-      }
-    }
-  });
+  const int64_t tasks = batch.size * num_heads, padded_length = student.dim() == 3 ? student.size(1) : 0;
+  const bool in_bf16 = kBf16Tiles && student.scalar_type() == at::kBFloat16 && teacher.scalar_type() == at::kBFloat16;
+  const std::vector<double> divergences = in_bf16
+      ? run_heads<std::conditional_t<kBf16Tiles, c10::BFloat16, float>>(relation, tasks, padded_length, head_of)
+      : run_heads<float>(relation, tasks, padded_length, head_of);
 
-  for (int64_t b = 0; b < batch.size; ++b) {
-    const double* heads = divergences.data() + b * num_heads;
-    const int64_t rows = std::max<int64_t>(batch.lengths[b], 1);
+  // Summed over heads in their order, so that the loss is the same for every number of threads.
+  for (int64_t i = 0; i < batch.size; ++i) {
+    const double* heads = divergences.data() + i * num_heads;
+    const int64_t b = longest_first[i], rows = std::max<int64_t>(batch.lengths[b], 1);
     losses.mutable_data_ptr<float>()[b] =
         static_cast<float>(std::accumulate(heads, heads + num_heads, 0.0) / static_cast<double>(num_heads * rows));
   }

@@ -39,6 +39,7 @@ struct RowSums : LaneSums {
   }
 };
 
+template <typename Element>
 class StripForm {
  public:
   // `keep`: a strip of scores, and its rows' references for each tile, stay until its gradient is taken: 130 · n floats
@@ -196,15 +197,14 @@ class StripForm {
   void backward(int64_t first, int64_t last) {
     tiles_.begin_row_gradients(first);
     for_each_tile(first, last, [&](int64_t i, int64_t j) {
-      const float* g = difference(i, j, sums_[i - first]);
-      tiles_.add_row_gradient(i, j, g);
-      tiles_.add_column_gradient(i, j, g);
+      tiles_.gradient.pack(tiles_.side(i), tiles_.side(j), difference(i, j, sums_[i - first]));
+      tiles_.add_gradients(i, j, true);
     });
     tiles_.end_row_gradients(last);
   }
 
   // G = (S − P) / √d of tile (i, j), in the place of the student's scores.
-  const float* difference(int64_t i, int64_t j, const RowSums& sums) {
+  float* difference(int64_t i, int64_t j, const RowSums& sums) {
     alignas(64) float student_factor[kTile], teacher_factor[kTile];
     float* student = student_tile(j);
     float* teacher = teacher_tile(j);
@@ -249,7 +249,7 @@ class StripForm {
     }
   }
 
-  HeadTiles tiles_;
+  HeadTiles<Element> tiles_;
   const bool keep_;
   const bool causal_;
   const float student_scale_;

@@ -16,6 +16,7 @@
 namespace fastkd {
 namespace {
 
+template <typename Element>
 class SymmetricForm {
  public:
   // The weights v of a head may span this many bits, the exponentials as many above the floor of exp2_of_negative, until
@@ -255,11 +256,12 @@ class SymmetricForm {
         score(i, j);
         exponentiate(i, j, student, teacher);
       }
-      symmetric_difference(i, j, student, teacher);
-      tiles_.add_row_gradient(i, j, student);
-      if (i != j) {
-        tiles_.add_column_gradient(i, j, student);
+      if (i == j) {
+        difference_on_diagonal(i, student, teacher);
+      } else {
+        difference(i, j, student, teacher);
       }
+      tiles_.add_gradients(i, j, i != j);
     });
     tiles_.end_row_gradients(last);
   }
@@ -279,35 +281,62 @@ class SymmetricForm {
     }
   }
 
-  // (G + Gᵀ) / √d of tile (i, j), in the place of the student's exponentials.
-  void symmetric_difference(int64_t i, int64_t j, float* student, const float* teacher) {
+  // (G + Gᵀ) / √d of tile (i, j), off the diagonal.
+  void difference(int64_t i, int64_t j, float* student, const float* teacher) {
+    tiles_.gradient.begin(student);
     for (int64_t c = 0; c < tiles_.side(j); c += Vec::size()) {
-      const int64_t column = j * kTile + c;
-      const Vec s_weight = Vec::loadu(student_.weight + column), s_inverse = Vec::loadu(student_.inverse + column);
-      const Vec t_weight = Vec::loadu(teacher_.weight + column), t_inverse = Vec::loadu(teacher_.inverse + column);
-      const int64_t rows = i == j ? c / 16 * 16 + 16 : tiles_.side(i); // down to the column's block on the diagonal
-#pragma GCC unroll 4
-      for (int64_t row = 0; row < rows; ++row) {
+      const Columns columns(*this, j * kTile + c);
+#pragma GCC unroll 2
+      for (int64_t row = 0; row < tiles_.side(i); row += 2) {
         const int64_t r = i * kTile + row;
-        const Vec s_factor =
-            at::vec::fmadd(s_weight, Vec(student_.inverse[r]), s_inverse * Vec(student_.weight[r]));
-        const Vec t_factor =
-            at::vec::fmadd(t_weight, Vec(teacher_.inverse[r]), t_inverse * Vec(teacher_.weight[r]));
-        float* s = student + row * kTile + c;
-        at::vec::fmsub(Vec::loadu(s), s_factor, Vec::loadu(teacher + row * kTile + c) * t_factor).store(s);
-      }
-    }
-    if (i == j) {
-      for (int64_t block = 0; block + 16 < tiles_.side(i); block += 16) {
-        const float* right = student + block * kTile + block + 16;
-        transpose(16, tiles_.side(i) - block - 16, right, kTile, student + (block + 16) * kTile + block, kTile);
+        const float* s = student + row * kTile + c;
+        const float* t = teacher + row * kTile + c;
+        tiles_.gradient.store(row, c, columns.difference(r, s, t), columns.difference(r + 1, s + kTile, t + kTile));
       }
     }
   }
 
+  // The same on the diagonal, from the blocks that were computed, in the place of the student's exponentials.
+  void difference_on_diagonal(int64_t i, float* student, const float* teacher) {
+    for (int64_t c = 0; c < tiles_.side(i); c += Vec::size()) {
+      const Columns columns(*this, i * kTile + c);
+      for (int64_t row = 0; row < c / 16 * 16 + 16; ++row) { // down to the column's block on the diagonal
+        float* s = student + row * kTile + c;
+        columns.difference(i * kTile + row, s, teacher + row * kTile + c).store(s);
+      }
+    }
+    for (int64_t block = 0; block + 16 < tiles_.side(i); block += 16) {
+      const float* right = student + block * kTile + block + 16;
+      transpose(16, tiles_.side(i) - block - 16, right, kTile, student + (block + 16) * kTile + block, kTile);
+    }
+    tiles_.gradient.pack(tiles_.side(i), tiles_.side(i), student);
+  }
+
+  // What a vector of columns brings to the gradient.
+  struct Columns {
+    Columns(const SymmetricForm& form, int64_t column)
+        : form(form),
+          s_weight(Vec::loadu(form.student_.weight + column)),
+          s_inverse(Vec::loadu(form.student_.inverse + column)),
+          t_weight(Vec::loadu(form.teacher_.weight + column)),
+          t_inverse(Vec::loadu(form.teacher_.inverse + column)) {}
+
+    // Where they meet `row`, from the exponentials there.
+    Vec difference(int64_t row, const float* student, const float* teacher) const {
+      const Vec s_factor =
+          at::vec::fmadd(s_weight, Vec(form.student_.inverse[row]), s_inverse * Vec(form.student_.weight[row]));
+      const Vec t_factor =
+          at::vec::fmadd(t_weight, Vec(form.teacher_.inverse[row]), t_inverse * Vec(form.teacher_.weight[row]));
+      return at::vec::fmsub(Vec::loadu(student), s_factor, Vec::loadu(teacher) * t_factor);
+    }
+
+    const SymmetricForm& form;
+    const Vec s_weight, s_inverse, t_weight, t_inverse;
+  };
+
   static constexpr int64_t kRows = 4; // whose row sums and common column sums fit in the registers
 
-  HeadTiles tiles_;
+  HeadTiles<Element> tiles_;
   Head next_;
   Tokens grad_;
   const bool keep_;

@@ -9,10 +9,12 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
 
 namespace fastkd {
 namespace {
@@ -49,6 +51,30 @@ class Arena {
   float* memory_;
   int64_t used_ = 0;
 };
+
+#if defined(__AVX512BF16__)
+
+constexpr bool kBf16Tiles = true;
+
+// The same with b in pairs of rows: (k / 2 × n × 2).
+inline void product(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda, const c10::BFloat16* b,
+                    int64_t ldb, float* c, int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/true);
+}
+
+#else
+
+constexpr bool kBf16Tiles = false; // the CPU has no products of bf16: they go through fp32 tiles
+
+#endif
+
+// Says on a thread that no product follows: bf16 ones may have set up the CPU's matrix unit.
+template <typename Element>
+void end_products() {
+  if constexpr (!std::is_same_v<Element, float>) {
+    at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+  }
+}
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 

@@ -237,12 +237,13 @@ def test_an_impossible_length_is_refused():
 
 @pytest.mark.parametrize("widths", [(16, 16), (32, 64), (64, 64), (128, 128)], ids=str)
 @pytest.mark.parametrize("length", [64, 300, 1024, 4096, 6500])
-def test_scratch_stays_within_its_bound(length, widths):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scratch_stays_within_its_bound(dtype, length, widths):
     """Beside gradient and losses, on one thread: max(2 MiB, 4 L (d_student + 64) bytes), L rounded up to tiles."""
     if max(widths) > 64 and length > 4096:
         pytest.skip("the same code as at 4096, for seconds")
     lengths, starts = torch.tensor([length], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-    student, teacher = (torch.randn(1, length, width) for width in widths)
+    student, teacher = (torch.randn(1, length, width).to(dtype) for width in widths)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
