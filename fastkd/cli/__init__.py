@@ -7,6 +7,8 @@ import sys
 # Subcommand, and the line `fastkd --help` shows for it. A file is imported only when its command is called.
 COMMANDS = {
     "train": "run a recipe: fastkd train arc-sst2 teacher=DIR data=DIR [key=value ...]",
+    "compress-embeddings": "a smaller embedding table: fastkd compress-embeddings MODEL --text FILE --out SMALL",
+    "densify": "a compressed model back as an ordinary checkpoint: fastkd densify SMALL --out DENSE",
     "bench": "time the kernels against eager torch and torch.compile",
     "demo": "shrink a small encoder on the docstring task, with no download",
     "info": "versions, CPU and GPU, and which backend each op uses",
@@ -21,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         subparsers.add_parser(name, help=summary, add_help=False)
     arguments = sys.argv[1:] if arguments is None else arguments
     command = parser.parse_args(arguments[:1]).command
-    subcommand = importlib.import_module(f"fastkd.cli.{command}")
+    subcommand = importlib.import_module(f"fastkd.cli.{command.replace('-', '_')}")
     options = argparse.ArgumentParser(
         f"fastkd {command}", description=subcommand.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

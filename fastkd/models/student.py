@@ -128,6 +128,7 @@ def _student_config(
         )
 
     config = copy.deepcopy(teacher)
+    config.__dict__.pop("quantization_config", None)  # of a teacher with a coded table: the student's is dense
     config.num_hidden_layers, config.num_attention_heads = layers, heads
     for field in ("hidden_size", *architecture.width):
         setattr(config, field, hidden)

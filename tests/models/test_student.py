@@ -152,3 +152,11 @@ def test_impossible_students_are_refused_with_what_is_allowed(arguments, message
 def test_a_teacher_that_is_no_transformers_model_is_refused():
     with pytest.raises(TypeError, match="transformers model is needed, got Linear"):
         fastkd.create_student(torch.nn.Linear(1, 1), layers=1)
+
+
+def test_a_student_drawn_anew_from_a_compressed_teacher_is_dense(make_model, tmp_path):
+    teacher = make_model()
+    teacher.config.quantization_config = {"quant_method": "sparse_embedding"}
+    student = fastkd.create_student(teacher, layers=1, init="random")
+    student.save_pretrained(tmp_path)
+    assert _equal(student, AutoModelForSequenceClassification.from_pretrained(tmp_path))
