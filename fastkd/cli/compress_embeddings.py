@@ -29,8 +29,8 @@ def add_arguments(parser) -> None:
     code.add_argument("--method", choices=METHODS, default="sparse", help="how rare rows are stored (default: sparse)")
     code.add_argument("--keep", type=float, metavar="SHARE", help="of the rows kept whole (default: 0.1)")
     code.add_argument("--atoms", type=int, metavar="K", help="kept rows that make up a rare one (default: 8)")
-    code.add_argument("--rows", choices=FORMATS, help="format of kept rows (default: fp16)")
-    code.add_argument("--weights", choices=FORMATS, help="format of the atoms' weights (default: fp16)")
+    code.add_argument("--rows", choices=FORMATS, help="format of kept rows (default: fp16 for sparse, else int8)")
+    code.add_argument("--weights", choices=FORMATS, help="format of the atoms' weights (likewise)")
 
     budget = parser.add_argument_group("let settings be chosen, instead of --keep and --atoms")
     budget.add_argument("--budget", metavar="BYTES", help="best code of at most so many bytes, e.g. 12MB")

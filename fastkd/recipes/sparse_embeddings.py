@@ -51,7 +51,7 @@ class CompressEmbeddings:
         counts, save_counts: file of counts made before; file to keep these in.
         method: "sparse"; "residual", sparse with a quantised residual per rare row; "pq", product quantisation.
         keep, atoms: share of rows kept whole, and atoms of every other (0.1 and 8).
-        rows, weights: "fp32", "fp16" or "int8" for kept rows and for atom weights (fp16).
+        rows, weights: "fp32", "fp16" or "int8" for kept rows and for atom weights (fp16 for "sparse", else int8).
         budget: largest size of the table, in bytes or such as "12MB"; the best of many settings is chosen.
         max_drop: points (hundredths) that `task`'s metric may lose; the smallest of many settings is chosen.
         overwrite: replace what stands in `out`.
