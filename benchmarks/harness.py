@@ -22,8 +22,9 @@ PHASES = ("forward", "backward", "both", "no_grad")
 class Provider:
     """One way to compute a case's result.
 
-    forward() returns what backward(...) turns into the gradients of the case. `role` is "baseline", "fastkd" or
-    "limit": a limit does only the part of the work that nobody can avoid, so its result is not checked.
+    forward() returns what backward(...) turns into the gradients of the case, an empty tuple if it has none. `role` is
+    "baseline", "fastkd" or "limit": a limit does only the part of the work that nobody can avoid, so its result is not
+    checked.
     """
 
     name: str
@@ -91,7 +92,9 @@ def _checked(case: Case, provider: Provider, eager: tuple[Tensor, ...], exact: t
     if provider.role == "limit":
         return row
     verdicts = [judge(*three) for three in zip((result.detach(), *gradients), eager, exact, strict=True)]
-    row |= {"loss_error": verdicts[0].error, "gradient_error": max(verdict.error for verdict in verdicts[1:])}
+    row["loss_error"] = verdicts[0].error
+    if gradients:
+        row["gradient_error"] = max(verdict.error for verdict in verdicts[1:])
     wrong = [f"{what}: {v}" for what, v in zip(("loss", "gradient", "gradient"), verdicts, strict=False) if not v]
     return row | ({"status": f"refused: {'; '.join(wrong)}"} if wrong else {})
 

@@ -7,18 +7,23 @@ transformers costs more than a second.
 import importlib
 
 from fastkd import losses, ops
-from fastkd.ops import relation_kl, use_backend
+from fastkd.embeddings import registration
+from fastkd.ops import relation_kl, sparse_embedding, use_backend
 
 __version__ = "0.1.0"
+
+registration.register()  # lets from_pretrained load models with a SparseEmbedding
 
 _ON_FIRST_USE = {
     "tap": "fastkd.models",
     "create_student": "fastkd.models",
     "ReplaceableEncoder": "fastkd.models",
+    "SparseCode": "fastkd.embeddings",
+    "SparseEmbedding": "fastkd.embeddings",
 }
-_ROOMS = ("models", "data", "recipes", "kernels", "benchmarks", "cli")
+_ROOMS = ("models", "data", "embeddings", "recipes", "kernels", "benchmarks", "cli")
 
-__all__ = ["losses", "ops", "relation_kl", "use_backend", *_ON_FIRST_USE]
+__all__ = ["losses", "ops", "relation_kl", "sparse_embedding", "use_backend", *_ON_FIRST_USE]
 
 
 def __getattr__(name: str):

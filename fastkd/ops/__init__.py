@@ -2,5 +2,6 @@
 
 from fastkd.ops.backends import use_backend
 from fastkd.ops.relation_kl import relation_kl
+from fastkd.ops.sparse_embedding import sparse_embedding
 
-__all__ = ["relation_kl", "use_backend"]
+__all__ = ["relation_kl", "sparse_embedding", "use_backend"]

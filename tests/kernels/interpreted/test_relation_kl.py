@@ -1,4 +1,4 @@
-"""The Triton kernels against the definition in fp64, on CPU tensors; started by ../test_relation_kl_interpreted.py."""
+"""The Triton kernels against the definition in fp64, on CPU tensors; started by ../test_interpreted.py."""
 
 import os
 
