@@ -2,6 +2,7 @@
 
 FASTKD_BUILD=auto   (default) build what can be built here; what cannot is named and left out
 FASTKD_BUILD=cpu    the CPU libraries, or fail
+FASTKD_BUILD=cuda   the CPU libraries and the CUDA library, or fail
 FASTKD_BUILD=none   no compiled part: every op runs on its reference or Triton backend
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-CHOICES = ("auto", "cpu", "none")
+CHOICES = ("auto", "cpu", "cuda", "none")
 X86_64 = platform.machine() in ("x86_64", "AMD64")
 
 # One library per instruction set; fastkd/ops/backends.py loads the one that fits the CPU. The names of the
@@ -26,6 +27,14 @@ if X86_64:
         "avx512": ("AVX512", AVX512),
         "avx512_bf16": ("AVX512", [*AVX512, "-mavx512bf16"]),
     }
+
+# Machine code for these, and PTX for what comes after; the macros choose torch's ABI as it was in 2.11.
+CUDA_ARCHS = ("sm_80", "sm_90a")
+CUDA_FLAGS = [
+    "-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    *(f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in CUDA_ARCHS),
+    "-gencode=arch=compute_80,code=compute_80",
+]  # fmt: skip
 
 
 def cpu_extensions(optional: bool) -> list[Extension]:
@@ -56,7 +65,31 @@ def cpu_extensions(optional: bool) -> list[Extension]:
         language="c++",
         optional=optional,
     )
-    return [*libraries, facts]  # the facts come last: they tell which libraries were built
+    return [*libraries, facts]
+
+
+def cuda_missing() -> str | None:
+    """Why the CUDA library cannot be built here, or None."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    if CUDA_HOME is None:
+        return "nvcc was not found: set CUDA_HOME to the CUDA toolkit"
+    return None
+
+
+def cuda_extension(optional: bool) -> Extension:
+    from torch.utils.cpp_extension import CUDAExtension
+
+    return CUDAExtension(
+        "fastkd._cuda",
+        sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
+        depends=sorted(map(str, [*Path("csrc/cuda").glob("*.cuh"), *Path("csrc/cuda").glob("*.h")])),
+        extra_compile_args={"cxx": ["-O3"], "nvcc": CUDA_FLAGS},
+        optional=optional,
+    )
 
 
 def build_command():
@@ -71,19 +104,28 @@ def build_command():
 
         def build_extensions(self):
             self.built = []
-            super().build_extensions()
+            try:
+                super().build_extensions()
+            except RuntimeError as error:  # torch's, before anything is compiled: nvcc is of another CUDA than torch
+                cuda = [ext for ext in self.extensions if ext.name == "fastkd._cuda"]
+                if not any(ext.optional for ext in cuda):
+                    raise
+                print(f"fastkd: no CUDA library, because {error}", file=sys.stderr)
+                self.extensions = [ext for ext in self.extensions if ext not in cuda]
+                super().build_extensions()
 
         def build_extension(self, ext):
             if ext.name == "fastkd._build":
                 ext.define_macros += [
                     ("FASTKD_TORCH_VERSION", f'"{torch.__version__}"'),
-                    ("FASTKD_CPU_LIBRARIES", f'"{" ".join(self.built)}"'),
+                    ("FASTKD_CPU_LIBRARIES", f'"{" ".join(name for name in self.built if name != "_cuda")}"'),
+                    ("FASTKD_CUDA_ARCHS", f'"{" ".join(CUDA_ARCHS) if "_cuda" in self.built else ""}"'),
                 ]
             # The libraries share their source: without a folder each, they would overwrite each other's objects.
             shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
             try:
                 super().build_extension(ext)
-                self.built.append(ext.name.removeprefix("fastkd._cpu_"))
+                self.built.append(ext.name.removeprefix("fastkd.").removeprefix("_cpu_"))
             except (
                 RuntimeError,
                 OSError,
@@ -103,7 +145,16 @@ def compiled_part() -> dict:
     if choice == "none":
         return {}
     try:
-        return {"ext_modules": cpu_extensions(optional=choice == "auto"), "cmdclass": {"build_ext": build_command()}}
+        missing = None if choice == "cpu" else cuda_missing()
+        if choice == "cuda" and missing:
+            raise SystemExit(f"FASTKD_BUILD=cuda: {missing}")
+        if missing:
+            print(f"fastkd: no CUDA library, because {missing}", file=sys.stderr)
+        optional = choice == "auto"
+        cuda = [] if choice == "cpu" or missing else [cuda_extension(optional)]
+        # The facts come last: they tell which libraries were built.
+        extensions = [*cuda, *cpu_extensions(optional)]
+        return {"ext_modules": extensions, "cmdclass": {"build_ext": build_command()}}
     except ImportError as error:
         if choice != "auto":
             raise

@@ -30,5 +30,5 @@ PYBIND11_MODULE(_build, m) {
   m.attr("compiler") = "an unnamed compiler";
 #endif
   m.attr("cpu_libraries") = words(FASTKD_CPU_LIBRARIES);
-  m.attr("cuda_archs") = std::vector<std::string>{};
+  m.attr("cuda_archs") = words(FASTKD_CUDA_ARCHS);
 }

@@ -79,6 +79,7 @@ def report() -> str:
         ("  threads", str(torch.get_num_threads())),
         ("  served by", backends.cpu_library or f"no library: {backends.cpu_library_missing}"),
         *(("GPU", gpu) for gpu in _gpus()),
+        ("  served by", backends.cuda_library or f"no library: {backends.cuda_library_missing}"),
         *_compiled_part(),
     ]
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]

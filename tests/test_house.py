@@ -18,14 +18,9 @@ SOURCES = sorted(
 )
 PYTHON = [path for path in SOURCES if path.suffix == ".py"]
 
-# Where an op's file stands; its name is the op's name. csrc/cuda joins with the first CUDA op.
-ROOMS_OF_AN_OP = (
-    "csrc/cpu/{}.cpp",
-    "kernels/{}.py",
-    "fastkd/ops/{}.py",
-    "tests/ops/test_{}.py",
-    "benchmarks/kernels/{}.py",
-)
+# Where an op's files stand; their name is the op's name. A compiled backend adds a room.
+ROOMS_OF_AN_OP = ("fastkd/ops/{}.py", "tests/ops/test_{}.py", "benchmarks/kernels/{}.py")
+ROOM_OF_A_BACKEND = {"cpp": "csrc/cpu/{}.cpp", "triton": "kernels/{}.py", "cuda": "csrc/cuda/{}.cu"}
 
 # Left to right: a room imports only rooms further right. Rooms that share a place do not import each other.
 ORDER = (
@@ -69,14 +64,15 @@ def imports_of(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("op", backends.registered_ops())
 def test_an_op_has_its_file_in_every_room(op):
-    missing = [room.format(op) for room in ROOMS_OF_AN_OP if not (ROOT / room.format(op)).exists()]
+    kernels = [ROOM_OF_A_BACKEND[name] for name in backends.registered_backends(op) if name in ROOM_OF_A_BACKEND]
+    missing = [room.format(op) for room in (*ROOMS_OF_AN_OP, *kernels) if not (ROOT / room.format(op)).exists()]
     assert not missing, f"{op} lacks {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("room", ["kernels", "benchmarks/kernels", "csrc/cpu"])
+@pytest.mark.parametrize("room", ["kernels", "benchmarks/kernels", "csrc/cpu", "csrc/cuda"])
 def test_a_kernel_belongs_to_a_registered_op(room):
     """Pieces that several files share are headers or carry a leading underscore."""
-    stems = {path.stem for path in (ROOT / room).iterdir() if path.suffix in {".py", ".cpp"}}
+    stems = {path.stem for path in (ROOT / room).iterdir() if path.suffix in {".py", ".cpp", ".cu"}}
     strangers = {stem for stem in stems if not stem.startswith("_")} - set(backends.registered_ops())
     assert not strangers, f"{room} holds {strangers}, which fastkd.ops does not register"
 

@@ -8,7 +8,7 @@ read once for each final model; every seed that was run counts.
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,32 @@ def mean_and_error(cells: Sequence[dict]) -> tuple[float, float]:
     return scores.mean(), scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
 
 
+def resampled(
+    samples: Sequence[np.ndarray], statistic: Callable, resamples: int = 10_000, batch: int | None = None
+) -> tuple[float, np.ndarray]:
+    """`statistic(*samples, axis=-1)`, and its values over resampled examples, the same ones in every sample.
+
+    samples: arrays (examples,). batch: resamples in memory at a time.
+    """
+    found = bootstrap(
+        samples,
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=batch,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return float(statistic(*samples, axis=-1)), found.bootstrap_distribution
+
+
+def interval(distribution: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of resampled values."""
+    low, high = np.percentile(distribution, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def paired_interval(rows: Sequence[Sequence[dict]], statistic, resamples: int = 10_000) -> tuple[float, float, float]:
     """`statistic` of the rows' accuracies, and its 95 % interval over resampled examples, the same for every row.
 
@@ -85,16 +111,38 @@ def paired_interval(rows: Sequence[Sequence[dict]], statistic, resamples: int = 
     seeds (three are too few to resample).
     """
     samples = [100 * right(cells).mean(0) for cells in rows]
-    found = bootstrap(
-        samples,
-        lambda *s, axis=-1: statistic(*(x.mean(axis=axis) for x in s)),
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(0),
+    value, distribution = resampled(samples, lambda *s, axis=-1: statistic(*(x.mean(axis=axis) for x in s)), resamples)
+    return value, *interval(distribution)
+
+
+def paired_difference(
+    metric: str, labels: np.ndarray, one: np.ndarray, other: np.ndarray, resamples: int = 10_000
+) -> tuple[float, np.ndarray]:
+    """How many points `one` scores above `other`, and the same over resampled examples.
+
+    labels, one, other: (examples,) labels and two models' predictions. metric: accuracy, matthews or pearson.
+    """
+    score = _SCORES[metric]
+    return resampled(
+        (labels, one, other),
+        lambda labels, one, other, axis: 100 * (score(labels, one, axis) - score(labels, other, axis)),
+        resamples,
+        batch=500,
     )
-    return float(statistic(*(x.mean() for x in samples))), *map(float, found.confidence_interval)
+
+
+def _accuracy(labels: np.ndarray, predictions: np.ndarray, axis: int) -> np.ndarray:
+    return (labels == predictions).mean(axis)
+
+
+def _correlation(labels: np.ndarray, predictions: np.ndarray, axis: int) -> np.ndarray:
+    """Pearson's; of two classes this is Matthews'. 0 where all predictions (or labels) are the same."""
+    labels, predictions = (x - x.mean(axis, keepdims=True) for x in (labels, predictions))
+    norm = np.sqrt((labels**2).sum(axis) * (predictions**2).sum(axis))
+    return (labels * predictions).sum(axis) / np.where(norm > 0, norm, 1)
+
+
+_SCORES = {"accuracy": _accuracy, "matthews": _correlation, "pearson": _correlation}
 
 
 def share_recovered(method, baseline, teacher):

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from fastkd.ops.fastest import measured_order
+
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 # Why an op cannot run on a backend for tensors of this device, dtype and width; None where it can. The width is that of
@@ -47,9 +49,16 @@ def registered_ops() -> tuple[str, ...]:
     return tuple(_supports)
 
 
-def preferences(op: str, device: torch.device) -> tuple[str, ...]:
-    """The backends that `"auto"` tries for tensors on this device, in that order."""
-    return _preferences[op].get(device.type, ("reference",))
+def registered_backends(op: str) -> tuple[str, ...]:
+    return tuple(_supports[op])
+
+
+def preferences(
+    op: str, device: torch.device, dtype: torch.dtype | None = None, width: int = 0, length: int = 0
+) -> tuple[str, ...]:
+    """The backends that `"auto"` tries for tensors on this device, in that order: as measured, else as registered."""
+    measured = measured_order(op, device, dtype, width, length) if device.type == "cuda" and dtype else None
+    return measured or _preferences[op].get(device.type, ("reference",))
 
 
 def missing_reason(op: str, backend: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str | None:
@@ -58,8 +67,10 @@ def missing_reason(op: str, backend: str, device: torch.device, dtype: torch.dty
     return f"{op} has no {backend} implementation" if support is None else support(device, dtype, width)
 
 
-def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> str:
+def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, width: int = 0, length: int = 0) -> str:
     """The backend that runs: the explicit choice if there is one, else the first of the device's preferences that can.
+
+    `length` is that of the longest sequence, where the op has sequences: `"auto"` may depend on it.
 
     Raises:
         ValueError: the name is no backend.
@@ -73,7 +84,7 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, wid
         if reason is not None:
             raise RuntimeError(f"{op}: backend={asked!r} was asked for but cannot run: {reason}")
         return asked
-    for name in preferences(op, device):
+    for name in preferences(op, device, dtype, width, length):
         reason = missing_reason(op, name, device, dtype, width)
         if reason is None:
             return name
@@ -140,7 +151,25 @@ def _load_cpu_library() -> tuple[str | None, str | None]:
     return name, None
 
 
+def _load_cuda_library() -> tuple[str | None, str | None]:
+    """Load the compiled CUDA ops. They keep to torch's stable ABI: one build serves every torch from 2.11 on."""
+    if torch.version.cuda is None:
+        return None, "torch is built without CUDA"
+    package = Path(__file__).resolve().parent.parent
+    paths = [package / f"_cuda{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    library = next((path for path in paths if path.exists()), None)
+    rebuild = "run `FASTKD_BUILD=cuda pip install --no-build-isolation -e .` in the source tree to build it"
+    if library is None:
+        return None, f"the compiled part _cuda was not built; {rebuild}"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return None, f"the compiled part _cuda does not load ({error}); {rebuild}"
+    return library.name.partition(".")[0], None
+
+
 cpu_library, cpu_library_missing = _load_cpu_library()
+cuda_library, cuda_library_missing = _load_cuda_library()
 # Looked for, not imported: importing triton costs as much as half of torch.
 triton_installed: bool = importlib.util.find_spec("triton") is not None
 _default = _checked(os.environ.get("FASTKD_BACKEND", "auto"), "FASTKD_BACKEND")

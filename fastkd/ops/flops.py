@@ -3,12 +3,16 @@
 It stands apart because `torch.utils.flop_counter` imports triton, which `import fastkd` must not.
 """
 
+import math
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+import fastkd.ops.sparse_embedding  # noqa: F401  defines ops that are looked up below
 from fastkd.ops.relation_kl import Call
+from fastkd.ops.sparse_arrays import Arrays
 
-_RELATION_KL = [getattr(torch.ops.fastkd, f"relation_kl_{backend}") for backend in ("reference", "cpp", "triton")]
+_RELATION_KL = [getattr(torch.ops.fastkd, f"relation_kl_{name}") for name in ("reference", "cpp", "triton", "cuda")]
 
 
 @register_flop_formula(_RELATION_KL)
@@ -22,3 +26,27 @@ def relation_kl_flops(*shapes, out_shape=None) -> int:
     gradients = 0 if not call.with_grad else 1 if call.student_right is None else 2
     multiplications = call.max_length**2 * (call.student[-1] * (1 + gradients) + call.teacher[-1])
     return 2 * call.starts[0] * multiplications
+
+
+def _sparse_embedding(name: str) -> list:
+    return [getattr(torch.ops.fastkd, f"{name}_{backend}") for backend in ("reference", "cpp", "triton")]
+
+
+@register_flop_formula(_sparse_embedding("sparse_embedding"))
+def sparse_embedding_flops(ids, *shapes, out_shape=None) -> int:
+    """Weighted sums of one lookup as if every token were rare: which are is not visible in shapes."""
+    arrays = Arrays(*shapes[:8])
+    return 2 * math.prod(ids) * arrays.atom_ids[1] * arrays.kept[1]
+
+
+@register_flop_formula(_sparse_embedding("sparse_embedding_backward"))
+def sparse_embedding_backward_flops(upstream, ids, *shapes, out_shape=None) -> int:
+    """The same for each gradient wanted."""
+    *arrays, _, kept_wanted, weights_wanted = shapes
+    return (kept_wanted + weights_wanted) * sparse_embedding_flops(ids, *arrays)
+
+
+@register_flop_formula(_sparse_embedding("embedding_block"))
+def embedding_block_flops(ids, type_ids, position_ids, *shapes, out_shape=None) -> int:
+    """That of its lookup: torch counts no additions and no LayerNorm either."""
+    return sparse_embedding_flops(ids, *shapes)

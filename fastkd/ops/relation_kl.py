@@ -44,7 +44,7 @@ _SCHEMA = (
     "(Tensor student, Tensor? student_right, Tensor teacher, Tensor? teacher_right, Tensor starts, Tensor lengths,"
     " Tensor? order, SymInt max_length, int num_heads, bool causal, bool with_grad) -> (Tensor, Tensor, Tensor)"
 )
-_KERNEL_BACKENDS = ("reference", "cpp", "triton")
+_KERNEL_BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 
 class Call(NamedTuple):
@@ -185,10 +185,25 @@ def _triton_support(device: torch.device, dtype: torch.dtype, width: int) -> str
     return None if backends.triton_installed else "triton is not installed"
 
 
+def _cuda_support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    if device.type != "cuda":
+        return f"the CUDA kernel runs on CUDA devices, the tensors are on {device.type}"
+    if dtype not in _KERNEL_DTYPES:
+        return f"the CUDA kernel takes float32, bfloat16 and float16, not {dtype}"
+    if width > 128:
+        return f"the CUDA kernel takes relation heads up to 128 wide, not {width}"
+    return backends.cuda_library_missing
+
+
 backends.register(
     "relation_kl",
-    {"reference": lambda device, dtype, width: None, "cpp": _cpp_support, "triton": _triton_support},
-    {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    {
+        "reference": lambda device, dtype, width: None,
+        "cpp": _cpp_support,
+        "triton": _triton_support,
+        "cuda": _cuda_support,
+    },
+    {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
 )
 
 
@@ -271,7 +286,7 @@ def relation_kl(
         max_seqlen: the longest sequence of a packed batch; without it the GPU kernels plan for T.
         causal: a row sees the columns up to its own position only.
         reduction: `"mean"` (sum over sequences / B, empty ones included), `"sum"`, or `"none"` (B,).
-        backend: `"auto"`, `"reference"`, `"cpp"`, `"triton"`.
+        backend: `"auto"`, `"reference"`, `"cpp"`, `"triton"`, `"cuda"`.
 
     Returns:
         The loss in nats, fp32 (fp64 for fp64 input): a scalar, or (B,) for `"none"`.
@@ -288,7 +303,8 @@ def relation_kl(
     # A double-precision teacher asks for the same backends as a double-precision student.
     dtype = torch.float64 if torch.float64 in (x.dtype, lefts["teacher"].dtype) else x.dtype
     width = max(operand.shape[-1] for operand in lefts.values()) // num_heads
-    chosen = backends.resolve("relation_kl", backend, x.device, dtype, width)
+    length = x.shape[-2] if max_seqlen is None else max_seqlen
+    chosen = backends.resolve("relation_kl", backend, x.device, dtype, width, length)
     starts, lengths, order, longest = sequences.layout(x, mask, cu_seqlens, max_seqlen)
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, rights.get("student")) if t is not None)
     rest = (starts, lengths, order, longest, num_heads, causal, with_grad)

@@ -27,14 +27,16 @@ class Backend(NamedTuple):
         pytest.param(("cpp", "cpu"), id="cpp"),
         pytest.param(("reference", "cuda"), id="reference-cuda", marks=pytest.mark.gpu),
         pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+        pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
     ]
 )
 def backend(request) -> Backend:
     """Every backend that can run here, with the device it runs on; the others skip with their reason."""
     name, device = request.param
-    reason = backends.missing_reason("relation_kl", name, torch.device(device), torch.float32)
+    op = next((op for op in backends.registered_ops() if request.path.stem.startswith(f"test_{op}")), "relation_kl")
+    reason = backends.missing_reason(op, name, torch.device(device), torch.float32)
     if reason is not None:
-        pytest.skip(f"relation_kl on {name}: {reason}")
+        pytest.skip(f"{op} on {name}: {reason}")
     return Backend(name, torch.device(device))
 
 
@@ -51,6 +53,12 @@ def poisoned_allocations():
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@pytest.fixture
+def on_poisoned_allocations():
+    with poisoned_allocations():
+        yield
 
 
 def _pair(x):

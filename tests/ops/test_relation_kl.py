@@ -31,8 +31,8 @@ SHAPES = {
 
 
 def skip_what_is_too_wide(backend, *widths):
-    if backend.name == "triton" and max(widths) > 128:
-        pytest.skip("the Triton kernel takes relation heads up to 128 wide")
+    if backend.name in ("triton", "cuda") and max(widths) > 128:
+        pytest.skip("the GPU kernels take relation heads up to 128 wide")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -74,6 +74,22 @@ def test_a_training_step_can_be_captured_in_a_graph(draw, on_gpu):
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
+@pytest.mark.parametrize("length", [128, 2000])
+def test_scratch_is_16_bytes_per_row_and_head(draw, on_gpu, length):
+    """And the loss of each block of rows, at most four bytes per 16 rows."""
+    if on_gpu.name == "reference":
+        pytest.skip("the reference holds the score matrices")
+    heads, (student, teacher) = 12, draw(4, length, (12 * 32, 12 * 64), dtype=torch.bfloat16)
+    student.requires_grad_()
+    for _ in range(2):  # the first call may compile
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = relation_kl(student, teacher, heads, backend=on_gpu.name)
+        scratch = torch.cuda.max_memory_allocated() - before - student.numel() * student.element_size()
+        del loss
+    assert scratch <= (16 + 0.25) * 4 * length * heads + 2**16
+
+
 @pytest.mark.slow
 def test_tensors_of_more_than_2_to_the_31_elements(on_gpu):
     if on_gpu.name == "reference" or torch.cuda.mem_get_info()[0] < 24 * 2**30:

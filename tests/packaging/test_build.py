@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +53,13 @@ def test_an_explicit_choice_fails_without_a_compiler(tree, tmp_path):
     assert "fastkd._cpu_default was not built" in output
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+def test_cuda_fails_where_torch_is_built_without_it_and_says_so(tree, tmp_path):
+    status, output = build(tree, tmp_path, FASTKD_BUILD="cuda")
+    assert status != 0
+    assert "FASTKD_BUILD=cuda: torch is built without CUDA" in output
+
+
 def test_none_compiles_nothing(tree, tmp_path):
     status, output = build(tree, tmp_path, FASTKD_BUILD="none")
     assert status == 0, output[-3000:]
@@ -61,7 +69,7 @@ def test_none_compiles_nothing(tree, tmp_path):
 def test_an_unknown_choice_names_the_allowed_ones(tree, tmp_path):
     status, output = build(tree, tmp_path, FASTKD_BUILD="gpu")
     assert status != 0
-    assert "FASTKD_BUILD='gpu'; allowed are auto, cpu, none" in output
+    assert "FASTKD_BUILD='gpu'; allowed are auto, cpu, cuda, none" in output
 
 
 WITHOUT_THE_COMPILED_PART = """
