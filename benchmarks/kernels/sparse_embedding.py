@@ -121,8 +121,8 @@ def two_paths(ids: Tensor, arrays: Arrays) -> Tensor:
     rare = place >= arrays.kept.shape[0]
     (common_at,), (rare_at,) = (~rare).nonzero(as_tuple=True), rare.nonzero(as_tuple=True)
     row = place[rare_at] - arrays.kept.shape[0]
-    # embedding_bag multiplies in the rows' dtype and knows no scales.
-    table = with_dtype(arrays, torch.float32) if arrays.kept_scale is not None else arrays
+    # embedding_bag knows no scales, and sums in the rows' dtype, which is too coarse unless it is fp32.
+    table = arrays if arrays.kept.dtype == torch.float32 else with_dtype(arrays, torch.float32)
     weights = table.atom_weights[row].to(table.kept.dtype)
     bags = F.embedding_bag(table.atom_ids[row].long(), table.kept, per_sample_weights=weights, mode="sum")
     out = torch.empty(place.shape[0], table.kept.shape[1], device=ids.device)

@@ -35,9 +35,7 @@ _RESIDUAL = [
     for atoms in (4, 8)
     for numbers in (32, 16, 8)
 ]
-_PQ_RARE = [
-    {"atoms": 0, "rows": "int8", "weights": "float16", "numbers_per_byte": numbers} for numbers in (16, 8, 4)
-]
+_PQ_RARE = [{"atoms": 0, "rows": "int8", "weights": "float16", "numbers_per_byte": numbers} for numbers in (16, 8, 4)]
 
 
 def candidates(method: str, vocabulary: int, width: int, budget: int, special: int) -> list[dict]:

@@ -309,7 +309,7 @@ def relation_kl(
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, rights.get("student")) if t is not None)
     rest = (starts, lengths, order, longest, num_heads, causal, with_grad)
     call = Call(x, rights.get("student"), lefts["teacher"], rights.get("teacher"), *rest)
-    losses, _, _ = _RelationKL.apply(*call, chosen)
+    losses, _, _ = _RelationKL.apply(*call, chosen) if with_grad else _OPS[chosen](*call)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_finite(losses, lefts, rights)
     if reduction == "none":

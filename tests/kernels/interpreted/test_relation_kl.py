@@ -46,13 +46,24 @@ def definition(student, teacher, lengths, causal=False, dtype=None):
     return losses.detach(), *(x.grad for x in student)
 
 
-def check(student, teacher, lengths, causal=False):
+def check(student, teacher, lengths, causal=False, noise=1e-7):
     results = launch(student, teacher, lengths, causal)
     eagers = definition(student, teacher, lengths, causal)
     truths = definition(student, teacher, lengths, causal, torch.float64)
     for name, result, eager, truth in zip(("loss", "gradient", "right"), results, eagers, truths, strict=False):
-        verdict = judge(result, eager, truth, noise=1e-7)
+        verdict = judge(result, eager, truth, noise=noise)
         assert verdict, f"{name}: {verdict}"
+
+
+def rounded_scores(student, teacher):
+    """What rounding the largest score once comes to in the gradient, two times G · X / √d.
+
+    The interpreter's products are NumPy's: the score of one pair rounds differently in the two sweeps, by CPU and tile.
+    """
+    split = [[x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in pair] for pair in (student, teacher)]
+    largest = max((x[0] @ x[-1].mT).abs().max().item() / x[0].shape[-1] ** 0.5 for x in split)
+    of_gradient = 2 * max(x.abs().max().item() for x in student) / split[0][0].shape[-1] ** 0.5
+    return torch.finfo(fp32).eps / 2 * largest * of_gradient
 
 
 def same(results, expected):
@@ -175,14 +186,15 @@ def test_without_gradient_only_the_loss_is_made(cross, causal, length):
 def test_scores_in_the_thousands(cross, causal, length, spread):
     student, teacher = draw(1, length, cross=cross)
     student, teacher = [x * spread for x in student], [y * spread for y in teacher]
-    check(student, teacher, [length], causal)
+    check(student, teacher, [length], causal, rounded_scores(student, teacher))
 
 
 @pytest.mark.parametrize("length", [30, 40])
 def test_rows_of_very_different_size(length):
     student, teacher = draw(1, length)
     scale = torch.linspace(0.1, 40, length)[None, :, None]
-    check([student[0] * scale], [teacher[0] * scale.flip(1)], [length])
+    student, teacher = [student[0] * scale], [teacher[0] * scale.flip(1)]
+    check(student, teacher, [length], noise=rounded_scores(student, teacher))
 
 
 @pytest.mark.parametrize("length", [30, 40])
