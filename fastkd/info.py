@@ -86,7 +86,8 @@ def report() -> str:
     for op in backends.registered_ops():
         for device in devices:
             rows += _backends_of(op, device)
-    return "\n".join(f"{name:<22}{value}".rstrip() for name, value in rows)
+    column = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{column}}{value}".rstrip() for name, value in rows)
 
 
 if __name__ == "__main__":

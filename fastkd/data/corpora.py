@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from fastkd.data.tasks import Task, check_max_length
 
@@ -93,7 +94,12 @@ def _parts(source: Source, text_column: str, streaming: bool) -> list[Corpus]:
     elif Path(source).expanduser().exists():
         given = []
         for builder, files in _files(Path(source).expanduser()).items():
-            data = load_dataset(builder, data_files=files, split="train", streaming=streaming)
+            try:
+                data = load_dataset(builder, data_files=files, split="train", streaming=streaming)
+            except DatasetGenerationError as error:
+                raise ValueError(
+                    f"{source}: its {builder} files cannot be read as one corpus ({error.__cause__ or error})"
+                ) from error
             given.append((str(source), data, "text" if builder == "text" else text_column))
     else:
         given = [(str(source), _from_hub(str(source), streaming), text_column)]

@@ -38,7 +38,7 @@ class ArcRecipe:
         teacher: folder or hub id of the pretrained encoder.
         task: a task of `fastkd.data.load_task`.
         data: folder or hub name of the task's data; None is the hub.
-        corpus: text for stage A beside the task's own sentences: files, folders, hub names.
+        corpus: text for stage A beside the task's own sentences: files, folders, hub names; one, or a list of them.
         output_dir: folder of the run.
         student: arguments of `fastkd.create_student`; stage B needs the teacher's width.
         finetune, stage_a, stage_b: settings of the steps, see `FineTuneConfig`, `ArcStageAConfig`, `ArcStageBConfig`.
@@ -55,7 +55,7 @@ class ArcRecipe:
     teacher: str
     task: str
     data: str | None = None
-    corpus: list = field(default_factory=list)
+    corpus: str | list = field(default_factory=list)
     output_dir: str = "runs/arc"
     student: dict = field(default_factory=lambda: {"layers": 3, "init": "first"})
     finetune: dict = field(default_factory=dict)
@@ -65,6 +65,12 @@ class ArcRecipe:
     hold_out: float = 0.0
     seed: int = 0
     overwrite: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.corpus, str):
+            self.corpus = [self.corpus]
+        if not isinstance(self.corpus, list) or not all(isinstance(source, str) for source in self.corpus):
+            raise ValueError(f"corpus={self.corpus!r}; a file, a folder, a hub name, or a list of these is needed")
 
     def run(self) -> dict:
         """All steps; returns, prints and writes to `results.json` the metrics of teacher and student."""
@@ -83,6 +89,9 @@ class ArcRecipe:
             if configs["finetune"].process_index == 0:
                 start_folder(folder, self.identity(), self.overwrite)
 
+        for step in _STEPS:
+            if is_done(folder / step):
+                print(f"{step}: finished before, in {folder / step}")
         if not is_done(folder / "teacher"):
             trainer = FineTuneTrainer(
                 with_head(self.teacher, task, self.seed),
@@ -112,7 +121,8 @@ class ArcRecipe:
         if configs["finetune"].process_index == 0:
             (folder / "results.json").write_text(json.dumps(results, indent=1))
             for name, metrics in results.items():
-                print(f"{name}: " + ", ".join(f"{metric} {100 * value:.1f}" for metric, value in metrics.items()))
+                found = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in metrics.items())
+                print(f"{name}: {found} ({folder / name})")
         return results
 
     def check_stages(self, configs: dict, task, tokenizer, steps: int) -> None:
@@ -138,7 +148,7 @@ class ArcRecipe:
         check_keys(self.student, ("layers", "hidden", "heads", "ffn", "init", "seed"), "student")
         if "layers" not in self.student:
             raise ValueError("student: layers must be given, e.g. student.layers=3")
-        if self.stage_a.get("train_embeddings"):
+        if self.stage_a.get("train_embeddings") is True:
             raise ValueError(
                 "stage_a.train_embeddings=true: stage B gives the student the fine-tuned teacher's embeddings, so what "
                 "stage A taught them would be lost; leave it out"
@@ -221,7 +231,8 @@ def check_folder(folder: Path, identity: dict, overwrite: bool) -> None:
         raise ValueError(f"output_dir={folder} holds other files; name another folder, or overwrite=true")
     described = json.loads(json.dumps(identity, default=str))
     changed = sorted(k for k in described if before is not None and before.get(k) != described[k])
-    if changed:
+    # A run that failed before its first checkpoint has nothing to lose.
+    if changed and any(is_done(folder / step) or any((folder / step).glob("checkpoint-*")) for step in _STEPS):
         raise ValueError(
             f"output_dir={folder} holds another run (it differs in {', '.join(changed)}); name another folder, "
             "or overwrite=true"
@@ -243,6 +254,8 @@ def train_and_save(trainer, folder: Path) -> None:
     # Its state is the last thing that is written to a checkpoint: one without was interrupted.
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     last = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if last and trainer.is_world_process_zero():
+        print(f"{folder.name}: goes on from {last}")
     trainer.train(resume_from_checkpoint=last and str(last))
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():

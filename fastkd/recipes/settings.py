@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -84,4 +85,22 @@ def from_settings(cls: type, settings: dict[str, Any], where: str) -> Any:
     numbers = {
         k: _scalar(v) if isinstance(v, str) and fields[k].type in (float, "float") else v for k, v in settings.items()
     }
+    for key, value in numbers.items():
+        _check_kind(f"{where}: {key}", value, fields[key].type)
     return cls(**numbers)
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+def _check_kind(what: str, value: Any, annotation: Any) -> None:
+    """Raise a ValueError where a field of plain kinds (int, float, bool, str, None, unions of them) has another one."""
+    kinds = typing.get_args(annotation) or (annotation,)
+    if not set(kinds) <= set(_KINDS) or value is None:
+        return
+    fits = any(
+        isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+        for kind in kinds
+    )
+    if not fits:
+        raise ValueError(f"{what}={value!r}; {' or '.join(_KINDS[kind] for kind in kinds)} is needed")
