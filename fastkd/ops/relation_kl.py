@@ -20,6 +20,7 @@ backward multiplies it by upstream · factor in fp32 and casts last, so that the
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -175,24 +176,17 @@ def _cpp_support(device: torch.device, dtype: torch.dtype, width: int) -> str | 
     return backends.cpu_library_missing
 
 
-def _triton_support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    if device.type != "cuda":
-        return f"the Triton kernel runs on CUDA devices, the tensors are on {device.type}"
-    if dtype not in _KERNEL_DTYPES:
-        return f"the Triton kernel takes float32, bfloat16 and float16, not {dtype}"
-    if width > 128:
-        return f"the Triton kernel takes relation heads up to 128 wide, not {width}"
-    return None if backends.triton_installed else "triton is not installed"
+def _gpu_support(kernel: str, missing: Callable[[], str | None]) -> backends.Support:
+    def support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+        if device.type != "cuda":
+            return f"the {kernel} kernel runs on CUDA devices, the tensors are on {device.type}"
+        if dtype not in _KERNEL_DTYPES:
+            return f"the {kernel} kernel takes float32, bfloat16 and float16, not {dtype}"
+        if width > 128:
+            return f"the {kernel} kernel takes relation heads up to 128 wide, not {width}"
+        return missing()
 
-
-def _cuda_support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    if device.type != "cuda":
-        return f"the CUDA kernel runs on CUDA devices, the tensors are on {device.type}"
-    if dtype not in _KERNEL_DTYPES:
-        return f"the CUDA kernel takes float32, bfloat16 and float16, not {dtype}"
-    if width > 128:
-        return f"the CUDA kernel takes relation heads up to 128 wide, not {width}"
-    return backends.cuda_library_missing
+    return support
 
 
 backends.register(
@@ -200,8 +194,8 @@ backends.register(
     {
         "reference": lambda device, dtype, width: None,
         "cpp": _cpp_support,
-        "triton": _triton_support,
-        "cuda": _cuda_support,
+        "triton": _gpu_support("Triton", lambda: None if backends.triton_installed else "triton is not installed"),
+        "cuda": _gpu_support("CUDA", lambda: backends.cuda_library_missing),
     },
     {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
 )
