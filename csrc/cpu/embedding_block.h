@@ -2,7 +2,9 @@
 // fastkd/ops/sparse_embedding.py.
 #pragma once
 
+#include <array>
 #include <cmath>
+#include <utility>
 
 #include "output_rows.h"
 #include "sparse_code.h"
@@ -10,13 +12,62 @@
 namespace fastkd {
 namespace {
 
+// Mean and biased variance of a row, gathered while its vectors are in registers. Each lane has its own, about its first
+// number: that is one of the lane's n, so the sum of squares loses at most a factor of n to rounding.
+class Moments {
+ public:
+  template <size_t kVectors>
+  void add(const std::array<Vec, kVectors>& values, int64_t column) {
+    if (column == 0) {
+      pivot_ = values[0];
+    } else if (column % Vec::size() != 0) {
+      return; // the last vector of an odd width: it overlaps its neighbour
+    }
+    Vec sum(0.f), squares(0.f);
+    for (size_t i = 0; i < kVectors; ++i) {
+      const Vec apart = values[i] - pivot_;
+      sum = sum + apart;
+      squares = at::vec::fmadd(apart, apart, squares);
+    }
+    sum_ = sum_ + sum;
+    squares_ = squares_ + squares;
+  }
+
+  void add(float, int64_t) {}
+
+  // Of the row x, whose vectors have been added.
+  std::pair<float, float> of(const float* x, int64_t width) const {
+    const int64_t in_lane = width / Vec::size();
+    float mean = 0.f, squares = 0.f;
+    if (in_lane > 0) {
+      const auto plus = [](Vec a, Vec b) { return a + b; };
+      const Vec shift = sum_ / Vec(in_lane), means = pivot_ + shift;
+      mean = at::vec::vec_reduce_all<float>(plus, means) / Vec::size();
+      const Vec apart = means - Vec(mean), own = squares_ - shift * sum_;
+      squares = at::vec::vec_reduce_all<float>(plus, at::vec::fmadd(apart * apart, Vec(in_lane), own));
+    }
+    for (int64_t column = in_lane * Vec::size(); column < width; ++column) {
+      const float apart = x[column] - mean;
+      mean += apart / static_cast<float>(column + 1);
+      squares += apart * (x[column] - mean);
+    }
+    return {mean, std::max(squares, 0.f) / static_cast<float>(width)};
+  }
+
+ private:
+  Vec pivot_ = Vec(0.f), sum_ = Vec(0.f), squares_ = Vec(0.f);
+};
+
 class Block {
  public:
   Block(const Tensor& ids, const MaybeTensor& type_ids, const MaybeTensor& position_ids, const Tensor& positions,
         const MaybeTensor& types, const Tensor& norm_weight, const Tensor& norm_bias, double eps)
-      : length_(ids.size(-1)), width_(positions.size(1)), eps_(eps), positions_(positions.contiguous()),
-        types_(types ? types->contiguous() : Tensor()), weight_(norm_weight.to(at::kFloat).contiguous()),
-        bias_(norm_bias.to(at::kFloat).contiguous()) {
+      : length_(ids.size(-1)), width_(positions.size(1)), num_positions_(positions.size(0)),
+        num_types_(types ? types->size(0) : 0), eps_(eps),
+        owned_{positions.contiguous(), types ? types->contiguous() : Tensor(), norm_weight.to(at::kFloat).contiguous(),
+               norm_bias.to(at::kFloat).contiguous()},
+        positions_(owned_[0].const_data_ptr()), types_(types ? owned_[1].const_data_ptr() : nullptr),
+        weight_(owned_[2].const_data_ptr<float>()), bias_(owned_[3].const_data_ptr<float>()) {
     if (position_ids) {
       position_ids_.emplace(*position_ids);
     }
@@ -27,37 +78,42 @@ class Block {
 
   bool in_range(int64_t token) const {
     const int64_t p = position(token), t = type(token);
-    return p >= 0 && p < positions_.size(0) && (!types_.defined() || (t >= 0 && t < types_.size(0)));
+    return p >= 0 && p < num_positions_ && (!types_ || (t >= 0 && t < num_types_));
   }
 
   void check(int64_t token) const {
     const int64_t p = position(token), t = type(token);
-    TORCH_CHECK_INDEX(p >= 0 && p < positions_.size(0), "position id ", p, " is out of range: the table has ",
-                      positions_.size(0), " rows");
-    TORCH_CHECK_INDEX(!types_.defined() || (t >= 0 && t < types_.size(0)), "token type id ", t,
-                      " is out of range: the table has ", types_.defined() ? types_.size(0) : 0, " rows");
+    TORCH_CHECK_INDEX(p >= 0 && p < num_positions_, "position id ", p, " is out of range: the table has ",
+                      num_positions_, " rows");
+    TORCH_CHECK_INDEX(!types_ || (t >= 0 && t < num_types_), "token type id ", t, " is out of range: the table has ",
+                      num_types_, " rows");
   }
 
-  // Row `token` of the result, from the token's recipe; `x` has room for a row.
+  // Row `token` of the result, from the token's recipe; `x` has room for a row. GCC would call a function for every few
+  // vectors, were it not for the attribute: the row took twice as long.
   template <typename Table, typename Out>
-  void compute(const Code& code, Recipe& recipe, int64_t token, float* x, const OutputRows<Out>& rows) const {
-    const Table* first = positions_.const_data_ptr<Table>() + position(token) * width_;
-    const Table* second = types_.defined() ? types_.const_data_ptr<Table>() + type(token) * width_ : nullptr;
-    code.decode(recipe, [&](auto value, int64_t column) {
-      value = value + number_at<decltype(value)>(first + column);
-      store(x + column, second ? value + number_at<decltype(value)>(second + column) : value);
+  [[gnu::flatten]] void compute(const Code& code, Recipe& recipe, int64_t token, float* x,
+                                const OutputRows<Out>& rows) const {
+    const Table* first = static_cast<const Table*>(positions_) + position(token) * width_;
+    const Table* second = types_ ? static_cast<const Table*>(types_) + type(token) * width_ : nullptr;
+    Moments moments;
+    code.decode(recipe, [&](auto values, int64_t column) {
+      add(first + column, values);
+      if (second) {
+        add(second + column, values);
+      }
+      moments.add(values, column);
+      store(x + column, values);
     });
-    const float mean = sum_over_columns(
-        width_, [&](int64_t column) { return Vec::loadu(x + column); }, [&](int64_t column) { return x[column]; }) /
-        static_cast<float>(width_);
-    const float variance = sum_over_columns(
-        width_,
-        [&](int64_t column) {
-          const Vec centred = Vec::loadu(x + column) - Vec(mean);
-          return centred * centred;
-        },
-        [&](int64_t column) { return (x[column] - mean) * (x[column] - mean); }) / static_cast<float>(width_);
-    normalise(x, mean, 1.f / std::sqrt(variance + static_cast<float>(eps_)), token, rows);
+    const auto [mean, variance] = moments.of(x, width_);
+    const float factor = 1.f / std::sqrt(variance + static_cast<float>(eps_));
+    rows[token].write(x, [=, weight = weight_, bias = bias_](auto value, int64_t column) {
+      if constexpr (std::is_same_v<decltype(value), float>) {
+        return (value - mean) * factor * weight[column] + bias[column];
+      } else {
+        return at::vec::fmadd((value - Vec(mean)) * Vec(factor), Vec::loadu(weight + column), Vec::loadu(bias + column));
+      }
+    });
   }
 
  private:
@@ -69,21 +125,23 @@ class Block {
     return type_ids_ ? (*type_ids_)[token] : 0;
   }
 
-  template <typename Out>
-  void normalise(float* x, float mean, float factor, int64_t token, const OutputRows<Out>& rows) const {
-    const float *weight = weight_.const_data_ptr<float>(), *bias = bias_.const_data_ptr<float>();
-    rows.write(token, x, [&](auto value, int64_t column) {
-      if constexpr (std::is_same_v<decltype(value), float>) {
-        return (value - mean) * factor * weight[column] + bias[column];
-      } else {
-        return at::vec::fmadd((value - Vec(mean)) * Vec(factor), Vec::loadu(weight + column), Vec::loadu(bias + column));
-      }
-    });
+  template <typename Table, size_t kVectors>
+  static void add(const Table* row, std::array<Vec, kVectors>& values) {
+    for (size_t i = 0; i < kVectors; ++i) {
+      values[i] = values[i] + floats_at(row + i * Vec::size());
+    }
   }
 
-  const int64_t length_, width_;
+  template <typename Table>
+  static void add(const Table* row, float& value) {
+    value += static_cast<float>(*row);
+  }
+
+  const int64_t length_, width_, num_positions_, num_types_;
   const double eps_;
-  const Tensor positions_, types_, weight_, bias_;
+  const std::array<Tensor, 4> owned_;
+  const void *const positions_, *const types_;
+  const float *const weight_, *const bias_;
   std::optional<Ids> position_ids_, type_ids_;
 };
 

@@ -5,6 +5,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -21,49 +22,69 @@ class OutputRows {
       : rows_(out.mutable_data_ptr<T>()), width_(width),
         streamed_(kCanStream && out.nbytes() >= 4 * 1024 * 1024 && width % kNumbers == 0) {}
 
-  void copy(int64_t i, const T* row) const {
-    T* to = rows_ + i * width_;
-    if (!streamed_) {
-      std::memcpy(to, row, width_ * sizeof(T));
-      return;
-    }
-    for (int64_t column = 0; column < width_; column += kNumbers) {
-      stream(to + column, at::vec::Vectorized<T>::loadu(row + column));
-    }
-  }
+  // One row of the result. A copy, in registers: behind a reference its members would be read again after every store.
+  class Row {
+   public:
+    Row(T* to, int64_t width, bool streamed) : to_(to), width_(width), streamed_(streamed) {}
 
-  // A vector of numbers of row i from `column` on, or a single one.
-  void put(int64_t i, int64_t column, at::vec::Vectorized<T> numbers) const {
-    T* to = rows_ + i * width_ + column;
-    if (streamed_) {
-      stream(to, numbers);
-    } else {
-      numbers.store(to);
-    }
-  }
-
-  void put(int64_t i, int64_t column, T number) const {
-    rows_[i * width_ + column] = number;
-  }
-
-  // Row i = finish(values), a row of floats; finish(vector, column) and finish(number, column).
-  template <typename Finish>
-  void write(int64_t i, const float* values, Finish finish) const {
-    constexpr int64_t kFloats = at::vec::Vectorized<float>::size();
-    const auto finished = [&](int64_t column) {
-      return finish(at::vec::Vectorized<float>::loadu(values + column), column);
-    };
-    int64_t column = 0;
-    for (; column + kNumbers <= width_; column += kNumbers) {
-      if constexpr (std::is_same_v<T, float>) {
-        put(i, column, finished(column));
-      } else {
-        put(i, column, at::vec::convert_from_float<T>(finished(column), finished(column + kFloats)));
+    void copy(const T* row) const {
+      if (!streamed_) {
+        std::memcpy(to_, row, width_ * sizeof(T));
+        return;
+      }
+      for (int64_t column = 0; column < width_; column += kNumbers) {
+        stream(to_ + column, at::vec::Vectorized<T>::loadu(row + column));
       }
     }
-    for (; column < width_; ++column) {
-      put(i, column, static_cast<T>(finish(values[column], column)));
+
+    // A vector of numbers from `column` on, or a single one.
+    void put(int64_t column, at::vec::Vectorized<T> numbers) const {
+      if (streamed_) {
+        stream(to_ + column, numbers);
+      } else {
+        numbers.store(to_ + column);
+      }
     }
+
+    template <size_t kVectors>
+    void put(int64_t column, const std::array<at::vec::Vectorized<T>, kVectors>& numbers) const {
+      for (size_t i = 0; i < kVectors; ++i) {
+        put(column + i * kNumbers, numbers[i]);
+      }
+    }
+
+    void put(int64_t column, T number) const {
+      to_[column] = number;
+    }
+
+    // The row = finish(values), a row of floats; finish(vector, column) and finish(number, column).
+    template <typename Finish>
+    void write(const float* values, Finish finish) const {
+      constexpr int64_t kFloats = at::vec::Vectorized<float>::size();
+      const auto finished = [&](int64_t column) {
+        return finish(at::vec::Vectorized<float>::loadu(values + column), column);
+      };
+      int64_t column = 0;
+      for (; column + kNumbers <= width_; column += kNumbers) {
+        if constexpr (std::is_same_v<T, float>) {
+          put(column, finished(column));
+        } else {
+          put(column, at::vec::convert_from_float<T>(finished(column), finished(column + kFloats)));
+        }
+      }
+      for (; column < width_; ++column) {
+        put(column, static_cast<T>(finish(values[column], column)));
+      }
+    }
+
+   private:
+    T* const to_;
+    const int64_t width_;
+    const bool streamed_;
+  };
+
+  Row operator[](int64_t i) const {
+    return Row(rows_ + i * width_, width_, streamed_);
   }
 
   // To be called by every thread behind its last row: streamed stores are not ordered otherwise.

@@ -8,6 +8,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -61,16 +62,6 @@ inline Vec floats_at(const int8_t* from) {
   std::copy(from, from + Vec::size(), values);
   return Vec::loadu(values);
 #endif
-}
-
-// A vector of them, or a single one.
-template <typename Value, typename T>
-Value number_at(const T* from) {
-  if constexpr (std::is_same_v<Value, float>) {
-    return static_cast<float>(*from);
-  } else {
-    return floats_at(from);
-  }
 }
 
 // function.template operator()<N>(column) for N vectors of columns at a time, and one column at a time where the width
@@ -239,7 +230,8 @@ class Code {
     }
   }
 
-  // Hands the row of the recipe over, in fp32: sink(vector, column), or sink(number, column) where there is no whole vector.
+  // Hands the row of the recipe over, in fp32: sink(vectors, column) with an array of vectors, or sink(number, column)
+  // where there is no whole vector.
   template <typename Sink>
   void decode(Recipe& recipe, Sink sink) const {
     const bool quantised = recipe.coded >= 0 && parts > 0;
@@ -268,7 +260,7 @@ class Code {
         }
         sink(sum, column);
       } else {
-        Vec sums[kVectors];
+        std::array<Vec, kVectors> sums;
         for (int i = 0; i < kVectors; ++i) {
           sums[i] = start ? Vec::loadu(start + column + i * kSize) : Vec(0.f);
         }
@@ -279,9 +271,7 @@ class Code {
             sums[i] = at::vec::fmadd(weight, floats_at(from + i * kSize), sums[i]);
           }
         }
-        for (int i = 0; i < kVectors; ++i) {
-          sink(sums[i], column + i * kSize);
-        }
+        sink(sums, column);
       }
     });
   }
@@ -305,8 +295,11 @@ class Code {
   const Tensor residual_, codebook_;
 };
 
-inline void store(float* to, Vec value) {
-  value.store(to);
+template <size_t kVectors>
+void store(float* to, const std::array<Vec, kVectors>& values) {
+  for (size_t i = 0; i < kVectors; ++i) {
+    values[i].store(to + i * Vec::size());
+  }
 }
 
 inline void store(float* to, float value) {

@@ -56,12 +56,12 @@ Tensor sparse_embedding(const Tensor& ids, const Tensor& slot, const Tensor& kep
         if (!recipe) {
           fault.at(i);
         } else if (as_stored && recipe->coded < 0) {
-          rows.copy(i, code.row<Out>(recipe->rows[0]));
+          rows[i].copy(code.row<Out>(recipe->rows[0]));
         } else if constexpr (std::is_same_v<Out, float>) {
-          code.decode(*recipe, [&](auto value, int64_t column) { rows.put(i, column, value); });
+          code.decode(*recipe, [row = rows[i]](auto values, int64_t column) { row.put(column, values); });
         } else {
-          code.decode(*recipe, [&](auto value, int64_t column) { store(sums.data() + column, value); });
-          rows.write(i, sums.data(), [](auto value, int64_t) { return value; });
+          code.decode(*recipe, [&](auto values, int64_t column) { store(sums.data() + column, values); });
+          rows[i].write(sums.data(), [](auto value, int64_t) { return value; });
         }
       });
       rows.flush();
