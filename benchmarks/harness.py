@@ -38,7 +38,8 @@ class Provider:
 class Case:
     """One shape and dtype of an op: the providers, and `exact(dtype)`, which gives the loss and its gradients eagerly.
 
-    `exact` must work in little memory, so that it can judge where the eager provider does not fit.
+    `exact` must work in little memory, so that it can judge where the eager provider does not fit. `evaluated`: whether
+    the forward that wants no gradient is timed as well.
     """
 
     op: str
@@ -49,6 +50,7 @@ class Case:
     device: str
     exact: Callable[[torch.dtype], tuple[Tensor, ...]]
     providers: list[Provider] = field(default_factory=list)
+    evaluated: bool = True
 
 
 def measure(case: Case, budget: float = 30.0) -> list[dict]:
@@ -64,9 +66,9 @@ def measure(case: Case, budget: float = 30.0) -> list[dict]:
     accepted = [provider for provider in case.providers if rows[provider.name]["status"] == "ok"]
     for provider in accepted:
         rows[provider.name]["peak_extra_bytes"] = peak_extra_bytes(lambda p=provider: _once(p), case.device)
-    times = _take_turns(accepted, case.device, budget)
+    times = _take_turns(accepted, case, budget)
     for provider in accepted:
-        for phase in PHASES:
+        for phase in times[provider.name][0]:
             samples = [1e3 * taken[phase] for taken in times[provider.name]]
             low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
             rows[provider.name] |= {
@@ -108,8 +110,9 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _timed(provider: Provider, device: str) -> dict[str, float]:
+def _timed(provider: Provider, case: Case) -> dict[str, float]:
     """Seconds of one forward and backward, and of one forward that knows no gradient is wanted."""
+    device = case.device
     _synchronize(device)
     start = time.perf_counter()
     result = provider.forward()
@@ -119,27 +122,30 @@ def _timed(provider: Provider, device: str) -> dict[str, float]:
     _synchronize(device)
     end = time.perf_counter()
     del result
+    step = {"forward": between - start, "backward": end - between, "both": end - start}
+    if not case.evaluated:
+        return step
     with torch.no_grad():
         again = time.perf_counter()
         provider.forward()
         _synchronize(device)
         done = time.perf_counter()
-    return {"forward": between - start, "backward": end - between, "both": end - start, "no_grad": done - again}
+    return step | {"no_grad": done - again}
 
 
-def _take_turns(providers: list[Provider], device: str, budget: float) -> dict[str, list[dict[str, float]]]:
+def _take_turns(providers: list[Provider], case: Case, budget: float) -> dict[str, list[dict[str, float]]]:
     times = {provider.name: [] for provider in providers}
     gc.collect()
     gc.disable()
     try:
         for provider in providers:  # compiles and fills caches
-            _timed(provider, device)
-        round_seconds = sum(sum(_timed(provider, device).values()) for provider in providers)
+            _timed(provider, case)
+        round_seconds = sum(sum(_timed(provider, case).values()) for provider in providers)
         rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget / max(round_seconds, 1e-9))))
         for turn in range(rounds):
             first = turn % max(len(providers), 1)  # nobody always follows the same neighbour's cache
             for provider in providers[first:] + providers[:first]:
-                times[provider.name].append(_timed(provider, device))
+                times[provider.name].append(_timed(provider, case))
     finally:
         gc.enable()
     return times

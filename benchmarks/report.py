@@ -65,8 +65,8 @@ def losses_of(rows: list[dict]) -> list[str]:
         own = fastest_fastkd(group)
         for row in group if own else ():
             for phase in ("both", "no_grad") if row["role"] == "baseline" and "both_ms" in row else ():
-                theirs, ours = row[f"{phase}_ms"], own[f"{phase}_ms"]
-                if theirs < ours:
+                theirs, ours = row.get(f"{phase}_ms"), own.get(f"{phase}_ms")
+                if theirs is not None and theirs < ours:
                     sentences.append(
                         f"{title_of(row)}, {phase}: {row['provider']} {theirs:.3g} ms, {own['provider']} {ours:.3g} ms"
                     )
@@ -102,7 +102,7 @@ def _medians(group: list[dict]) -> Table:
             continue
         errors = [row[name] for name in ("loss_error", "gradient_error") if name in row]
         table.add_row(
-            row["provider"], *(f"{row[f'{phase}_ms']:.3g}" for phase in PHASES),
+            row["provider"], *(f"{row[f'{phase}_ms']:.3g}" if f"{phase}_ms" in row else "" for phase in PHASES),
             f"{row['peak_extra_bytes'] / 1e6:.1f}", f"{max(errors):.1e}" if errors else "",
         )  # fmt: skip
     return table

@@ -3,11 +3,11 @@
 import argparse
 import sys
 
-from fastkd.benchmarks.kernels import add_arguments, run
+from fastkd.benchmarks.kernels import SUITE
 
 parser = argparse.ArgumentParser("fastkd bench kernels")
-add_arguments(parser)
+SUITE.add_arguments(parser)
 try:
-    sys.exit(run(parser.parse_args()))
+    sys.exit(SUITE.run(parser.parse_args()))
 except ValueError as error:
     sys.exit(f"fastkd bench kernels: {error}")

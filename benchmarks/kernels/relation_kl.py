@@ -60,7 +60,7 @@ def case(
         return eager_relation_kl((student, student), (teacher, teacher), lengths, num_heads).sum() / batch
 
     def loop() -> Tensor:
-        return _loop(student, teacher, sizes, num_heads)
+        return sample_loop(student, teacher, sizes, num_heads)
 
     def fused(backend: str) -> Provider:
         def forward():
@@ -109,7 +109,7 @@ def _one_head_at_a_time(student: Tensor, teacher: Tensor, sizes: list[int], num_
     return loss.to(dtype).to(student.device), grad
 
 
-def _loop(student: Tensor, teacher: Tensor, sizes: list[int], num_heads: int) -> Tensor:
+def sample_loop(student: Tensor, teacher: Tensor, sizes: list[int], num_heads: int) -> Tensor:
     """What public reproductions of MiniLMv2 do: cut off the padding of one sample after the other."""
     total = student.new_zeros(())
     for b, n in enumerate(sizes):

@@ -1,14 +1,18 @@
-"""Time the fused kernels against eager torch, torch.compile and the bare matrix products."""
+"""Time the fused kernels, or whole training steps, against eager torch, torch.compile and what cannot be avoided."""
 
 
 def add_arguments(parser) -> None:
-    from fastkd.benchmarks.kernels import add_arguments as add_kernel_arguments
+    from fastkd.benchmarks import kernels, steps
 
     kinds = parser.add_subparsers(dest="kind", required=True)
-    add_kernel_arguments(kinds.add_parser("kernels", help="the ops, one by one"))
+    for kind, suite, summary in (
+        ("kernels", kernels.SUITE, "the ops, one by one"),
+        ("step", steps.SUITE, "training steps of a recipe, models included"),
+    ):
+        sub = kinds.add_parser(kind, help=summary)
+        suite.add_arguments(sub)
+        sub.set_defaults(suite=suite)
 
 
 def run(options) -> int:
-    from fastkd.benchmarks.kernels import run as run_kernels
-
-    return run_kernels(options)
+    return options.suite.run(options)

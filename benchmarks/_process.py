@@ -1,4 +1,4 @@
-"""One op measured in this process, as `fastkd.benchmarks.kernels` starts it: OP DEVICE SHAPES FILE."""
+"""One benchmark measured in this process, as `fastkd.benchmarks.suite` starts it: MODULE DEVICE SHAPES FILE."""
 
 import importlib
 import json
@@ -8,9 +8,9 @@ from pathlib import Path
 from fastkd.benchmarks.harness import measure
 
 
-def rows_of(op: str, device: str, shapes: str) -> list[dict]:
+def rows_of(module: str, device: str, shapes: str) -> list[dict]:
     rows = []
-    for case in importlib.import_module(f"fastkd.benchmarks.kernels.{op}").cases(shapes, device):
+    for case in importlib.import_module(module).cases(shapes, device):
         print(f"  {case.shape} {case.dtype}", file=sys.stderr)
         rows += measure(case, budget=0.2 if shapes == "tiny" else 30.0)
     return rows
