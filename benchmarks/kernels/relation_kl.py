@@ -88,6 +88,7 @@ def case(
             Provider("sample loop", loop, gradient, needs_bytes=scores),
             *(fused(name) for name in backends.BACKENDS if _runs(name, device, dtype)),
             _bare_products(student, teacher, sizes, num_heads, scores // 5),
+            _arithmetic(num_heads * sum(n * n for n in sizes), width, teacher_width, dtype, device),
         ],
     )  # fmt: skip
 
@@ -140,3 +141,25 @@ def _bare_products(student: Tensor, teacher: Tensor, sizes: list[int], num_heads
         return tuple(own @ x for (own, _), x in zip(scores, students, strict=True))
 
     return Provider("bare matmuls", forward, backward, "limit", needs_bytes)
+
+
+def _arithmetic(pairs: int, width: int, teacher_width: int, dtype: torch.dtype, device: str) -> Provider:
+    """As much arithmetic as the symmetric algorithm needs, at the speed at which this machine does it best.
+
+    For `pairs` of tokens of one head each: the upper triangle of both score matrices and one whole product for the
+    gradient, as square products in a cache; one exponential for each pair, half of them the student's, in place in a
+    cache. Nothing else: no loads of operands, no sums over rows, no layout.
+    """
+    size, chunk = 1024, 2**17
+    rows = max(1, round(pairs * (width + teacher_width + 2 * width) / (2 * size**2)))
+    left, right = (torch.randn(n, size, device=device).to(dtype) for n in (rows, size))
+    scores = torch.randn(chunk, device=device)
+    out = torch.empty_like(scores)
+
+    def forward():
+        product = left @ right
+        for start in range(0, pairs, chunk):
+            torch.exp(scores[: pairs - start], out=out[: pairs - start])
+        return product
+
+    return Provider("arithmetic alone", forward, lambda product: (), "limit")
