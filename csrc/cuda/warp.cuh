@@ -7,6 +7,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cassert>
 #include <cstdint>
 
 namespace fastkd {
@@ -24,6 +25,11 @@ __device__ inline char* shared_memory() {
 __device__ inline void barrier() { __syncthreads(); }
 
 __device__ inline float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+template <class T>
+__device__ inline T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
 
 __device__ inline int take_next(int* counter) { return atomicAdd(counter, 1); }
 
@@ -106,5 +112,26 @@ __device__ inline void copy_16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// 16 or 8 bytes of memory that no thread writes while the kernel runs; aligned.
+__device__ inline void load_16(uint32_t (&out)[4], const void* from) {
+  const uint4 words = __ldg(static_cast<const uint4*>(from));
+  out[0] = words.x, out[1] = words.y, out[2] = words.z, out[3] = words.w;
+}
+__device__ inline void load_8(uint32_t (&out)[2], const void* from) {
+  const uint2 words = __ldg(static_cast<const uint2*>(from));
+  out[0] = words.x, out[1] = words.y;
+}
+
+// Stores of what the kernel does not read again: they make way in the cache for what it does.
+__device__ inline void store_16(void* to, const uint32_t (&words)[4]) {
+  __stcs(static_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+}
+__device__ inline void store_8(void* to, const uint32_t (&words)[2]) {
+  __stcs(static_cast<uint2*>(to), make_uint2(words[0], words[1]));
+}
+
+// A device assert: the kernel ends here, and the next call that waits for it raises.
+__device__ inline void fail(const char* what) { __assert_fail(what, "fastkd", 0, "kernel"); }
 
 } // namespace fastkd

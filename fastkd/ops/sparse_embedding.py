@@ -22,6 +22,8 @@ The embedding block of a BERT encoder adds to each token the row of its position
     block = (x − mean(x)) / √(var(x) + eps) · norm_weight + norm_bias       mean and biased variance over the D numbers
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,7 +52,7 @@ _SCHEMAS = {
         " Tensor norm_weight, Tensor norm_bias, float eps, ScalarType dtype) -> Tensor"
     ),
 }
-_KERNEL_BACKENDS = ("reference", "cpp", "triton")
+_KERNEL_BACKENDS = ("reference", "cpp", "triton", "cuda")
 _OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -188,19 +190,27 @@ def _cpp_support(device: torch.device, dtype: torch.dtype, width: int) -> str | 
     return backends.cpu_library_missing
 
 
-def _triton_support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    if device.type != "cuda":
-        return f"the Triton kernel runs on CUDA devices, the tensors are on {device.type}"
-    if dtype == torch.float64:
-        return "the Triton kernel reads and writes no float64"
-    return None if backends.triton_installed else "triton is not installed"
+def _gpu_support(kernel: str, missing: Callable[[], str | None]) -> backends.Support:
+    def support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+        if device.type != "cuda":
+            return f"the {kernel} kernel runs on CUDA devices, the tensors are on {device.type}"
+        if dtype == torch.float64:
+            return f"the {kernel} kernel reads and writes no float64"
+        return missing()
+
+    return support
 
 
 # Also for backward and the block, which follow the backend of the lookup.
 backends.register(
     "sparse_embedding",
-    {"reference": lambda device, dtype, width: None, "cpp": _cpp_support, "triton": _triton_support},
-    {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    {
+        "reference": lambda device, dtype, width: None,
+        "cpp": _cpp_support,
+        "triton": _gpu_support("Triton", lambda: None if backends.triton_installed else "triton is not installed"),
+        "cuda": _gpu_support("CUDA", lambda: backends.cuda_library_missing),
+    },
+    {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
 )
 
 
@@ -245,7 +255,7 @@ def sparse_embedding(
             atom weights get a gradient where they are floating and require one.
         dtype: of the result: fp32, bf16, fp16 (fp64 on the reference). Sums are in fp32 whatever it is.
         padding_idx: a token that gives no gradient, as in `nn.Embedding`; its row is read like any other.
-        backend: `"auto"`, `"reference"`, `"cpp"`, `"triton"`.
+        backend: `"auto"`, `"reference"`, `"cpp"`, `"triton"`, `"cuda"`.
 
     Returns:
         (*ids.shape, D) of `dtype`.
@@ -294,7 +304,7 @@ def embedding_block(
         position_ids: the same; None counts 0, 1, … along the last dimension.
         eps: of the LayerNorm.
         dtype: of the result: fp32, bf16, fp16 (fp64 on the reference).
-        backend: `"auto"`, `"reference"`, `"cpp"`, `"triton"`.
+        backend: `"auto"`, `"reference"`, `"cpp"`, `"triton"`, `"cuda"`.
 
     Returns:
         (*ids.shape, D) of `dtype`.

@@ -65,6 +65,7 @@ class Block {
     for (int i = 0; i < threads; ++i) {
       Fiber& fiber = fibers_[i];
       fiber.state = Fiber::kReady;
+      fiber.instruction = nullptr; // of a block that failed
       fiber.copies.clear();
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -217,6 +218,47 @@ inline float shuffle_xor(float value, int mask) {
       },
       &argument);
   return argument.out;
+}
+
+template <class T>
+inline T shuffle(T value, int lane) {
+  struct Argument {
+    T in, out;
+    int lane;
+  } argument = {value, T{}, lane};
+  Block::current().together(
+      [](void* const* lanes) {
+        for (int i = 0; i < 32; ++i) {
+          auto* own = static_cast<Argument*>(lanes[i]);
+          own->out = static_cast<Argument*>(lanes[own->lane])->in;
+        }
+      },
+      &argument);
+  return argument.out;
+}
+
+inline void fail(const char* what) { Block::current().fail(what); }
+
+inline void require_aligned(const void* address, int bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes) {
+    Block::current().fail("a load or store at an address that its bytes do not divide");
+  }
+}
+inline void load_16(uint32_t (&out)[4], const void* from) {
+  require_aligned(from, 16);
+  std::memcpy(out, from, 16);
+}
+inline void load_8(uint32_t (&out)[2], const void* from) {
+  require_aligned(from, 8);
+  std::memcpy(out, from, 8);
+}
+inline void store_16(void* to, const uint32_t (&words)[4]) {
+  require_aligned(to, 16);
+  std::memcpy(to, words, 16);
+}
+inline void store_8(void* to, const uint32_t (&words)[2]) {
+  require_aligned(to, 8);
+  std::memcpy(to, words, 8);
 }
 
 template <bool kTransposed>
