@@ -59,7 +59,10 @@ class SparseEmbedding(nn.Module):
     @property
     def arrays(self) -> Arrays:
         """What the lookup reads; the parameters themselves where it is trainable."""
-        arrays = Arrays(*(getattr(self, name) for name in STATE_NAMES.values()))
+        # nn.Module's own attribute lookup costs a short call as much as the rows do. Wrappers such as FSDP and
+        # parametrisations keep what they replace elsewhere, where only getattr finds it.
+        held = {**self._buffers, **self._parameters}
+        arrays = Arrays(*[held[name] if name in held else getattr(self, name) for name in STATE_NAMES.values()])
         if arrays.atom_weights.dtype == torch.bfloat16:  # no stored format: the parameters of a bf16 model
             return arrays._replace(atom_weights=arrays.atom_weights.float())
         return arrays

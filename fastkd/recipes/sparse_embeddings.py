@@ -29,7 +29,16 @@ from fastkd.embeddings.input_embedding import input_embedding
 from fastkd.embeddings.methods import METHODS, setting, settings_to_try
 from fastkd.recipes.arc import evaluate
 from fastkd.recipes.output_folder import check_out, whole_folder
-from fastkd.recipes.sparse_embeddings_report import bytes_of, figures, show, show_front
+from fastkd.recipes.sparse_embeddings_checkpoint import (
+    bytes_on_disk,
+    narrow,
+    narrowed,
+    round_table,
+    save_narrowed,
+    stored_dtype,
+    weight_files,
+)
+from fastkd.recipes.sparse_embeddings_report import bytes_of, figures, show, show_densified, show_front
 from fastkd.recipes.training import check_vocabulary
 
 FORMATS = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
@@ -107,6 +116,8 @@ class CompressEmbeddings:
     def run(self) -> dict:
         """Do it; prints and returns the figures of `figures`, with the scores of dense and compressed model."""
         model, tokenizer = load_model(self.model), load_tokenizer(self.model)
+        files = weight_files(self.model)
+        loaded, stored = model.dtype, stored_dtype(files)
         dense = input_embedding(model)
         check_vocabulary(tokenizer, model=model)
         check_max_length(self.max_length, tokenizer)
@@ -126,12 +137,14 @@ class CompressEmbeddings:
                 return -reconstruction_error(table, code, counts)
             return score(compress_embeddings(model, code))
 
-        original = Candidate({}, table.nbytes, 0.0 if score is None else score(model))
+        original = Candidate({}, narrowed(table, stored).nbytes, 0.0 if score is None else score(model))
         if self.chooses:
             special = len(set(tokenizer.all_special_ids))
             grid = settings_to_try(self.method, *table.shape, special, **self._formats(), nbytes=self.budget)
             if not grid:
-                raise ValueError(f"budget={self.budget:,} bytes is too small for this table of {table.nbytes:,} bytes")
+                raise ValueError(
+                    f"budget={self.budget:,} bytes is too small for this table of {original.nbytes:,} bytes"
+                )
             candidates = sweep(grid, fit, quality)
             chosen = self._chosen(candidates, original)
             code = fit(**chosen.setting)
@@ -139,12 +152,14 @@ class CompressEmbeddings:
             given = {name: value for name in ("keep", "atoms") if (value := getattr(self, name)) is not None}
             code = fit(**setting(self.method, table.shape[1], **given, **self._formats()))
         compressed = compress_embeddings(model, code)
-        found = figures(model, compressed, code, counts)
+        scores = {}
         if score is not None:
-            found |= {"metric": task.metrics[0], "score_before": original.quality, "score_after": score(compressed)}
+            scores = {"metric": task.metrics[0], "score_before": original.quality, "score_after": score(compressed)}
+        found = figures(narrow(model, stored), narrow(compressed, stored), code, counts) | scores
 
         with whole_folder(self.out) as folder:
-            compressed.save_pretrained(folder)
+            found["file_bytes_before"] = bytes_on_disk(files)
+            found["file_bytes_after"] = save_narrowed(compressed, folder, loaded)
             tokenizer.save_pretrained(folder)
             if self.chooses:
                 rows = [asdict(each) | {"chosen": each is chosen} for each in candidates]
@@ -241,15 +256,19 @@ def scorer(task: Task, tokenizer, max_length: int) -> Callable[[PreTrainedModel]
 
 
 def densify_folder(model: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
-    """Write the compressed model in a folder or on the hub as an ordinary checkpoint to `out`, with its tokenizer.
+    """Write the compressed model in a folder or on the hub as an ordinary checkpoint to `out`, with its tokenizer, in
+    the format in which it is stored: the table, which is a sum of stored rows, is rounded to it.
 
     Raises ValueError, before anything is written, on a model that is not compressed, or an `out` that holds something.
     """
     check_out(out, overwrite, model)
     compressed, tokenizer = load_model(model), load_tokenizer(model)
-    before = bytes_of(compressed)
+    files = weight_files(model)
+    loaded, stored = compressed.dtype, stored_dtype(files)
     dense = densify(compressed)
+    round_table(dense, stored)
+    before, after = (bytes_of(narrow(each, stored)) for each in (compressed, dense))
     with whole_folder(out) as folder:
-        dense.save_pretrained(folder)
+        written = save_narrowed(dense, folder, loaded)
         tokenizer.save_pretrained(folder)
-    print(f"{before / 1e6:,.2f} MB compressed, {bytes_of(dense) / 1e6:,.2f} MB dense in {out}; it loads without fastkd")
+    show_densified(before, after, bytes_on_disk(files), written, out)

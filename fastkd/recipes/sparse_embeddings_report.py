@@ -12,7 +12,7 @@ from fastkd.embeddings.code import SparseCode
 
 
 def bytes_of(model: PreTrainedModel) -> int:
-    """Bytes of a model's weights as they are saved."""
+    """Bytes of a model's weights in the formats they are in."""
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
@@ -21,6 +21,7 @@ def figures(
 ) -> dict[str, int | float]:
     """Bytes of table and model before and after, errors, kept tokens, and the share of coded tokens in the text.
 
+    model, compressed: in the formats in which they are stored.
     counts: (V,) how often each token stands in the text.
     """
     table = model.get_input_embeddings().weight.detach()
@@ -39,14 +40,12 @@ def figures(
 
 
 def show(found: dict, out: str) -> None:
-    """Print what `figures` found, and the scores if there are any."""
+    """Print what `figures` found, the bytes of the files, and the scores if there are any."""
     lines = Table.grid(padding=(0, 2))
-    for what in ("table", "model"):
+    for what, name in (("table", "embedding table"), ("model", "whole model")):
         before, after = found[f"{what}_bytes_before"], found[f"{what}_bytes_after"]
-        lines.add_row(
-            {"table": "embedding table", "model": "whole model"}[what],
-            f"{_megabytes(before)} -> {_megabytes(after)} MB, {before / after:.1f}x smaller",
-        )
+        lines.add_row(name, f"{_megabytes(before)} -> {_megabytes(after)} MB, {before / after:.1f}x smaller")
+    lines.add_row("files of weights", _files(found["file_bytes_before"], found["file_bytes_after"]))
     lines.add_row("tokens kept whole", f"{found['kept_tokens']:,} of {found['tokens']:,}")
     lines.add_row("coded tokens", f"{found['coded_share_of_text']:.1%} of the text")
     lines.add_row(
@@ -57,6 +56,15 @@ def show(found: dict, out: str) -> None:
         before, after = 100 * found["score_before"], 100 * found["score_after"]
         lines.add_row(f"{found['metric']}, held out", f"{before:.2f} -> {after:.2f} ({after - before:+.2f} points)")
     lines.add_row("written to", out)
+    Console().print(lines)
+
+
+def show_densified(before: int, after: int, file_before: int, file_after: int, out: str) -> None:
+    """Print what going back to a dense table cost, in bytes of weights and of the files that hold them."""
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("whole model", f"{_megabytes(before)} MB compressed, {_megabytes(after)} MB dense")
+    lines.add_row("files of weights", _files(file_before, file_after))
+    lines.add_row("written to", f"{out}; it loads without fastkd")
     Console().print(lines)
 
 
@@ -78,6 +86,10 @@ def show_front(candidates: list[Candidate], chosen: Candidate, metric: str | Non
             f"{100 * candidate.quality:.2f}" if metric else f"{-candidate.quality:.3f}",
         )
     Console().print(table)
+
+
+def _files(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,} bytes on disk" if before else f"{after:,} bytes on disk"
 
 
 def _megabytes(nbytes: int) -> str:

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 import fastkd
@@ -70,7 +71,15 @@ def test_a_model_is_compressed_and_its_figures_are_shown(compress, model, data, 
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     assert compress("--keep", "0.2", "--atoms", "4") == 0
     said = capsys.readouterr().out
-    for part in ("embedding table", "whole model", "tokens kept whole", "of the text", "reconstruction error", "small"):
+    for part in (
+        "embedding table",
+        "whole model",
+        "bytes on disk",
+        "tokens kept whole",
+        "of the text",
+        "reconstruction error",
+        "small",
+    ):
         assert part in said
     embedding = load().get_input_embeddings()
     assert isinstance(embedding, fastkd.SparseEmbedding)
@@ -104,6 +113,28 @@ def test_densify_goes_the_way_back(compress, capsys):
     with torch.no_grad():
         torch.testing.assert_close(load("dense")(ids).logits, load()(ids).logits)
     assert transformers.AutoTokenizer.from_pretrained("dense")("ab")["input_ids"]
+
+
+def test_a_checkpoint_stored_in_fp16_stays_so_and_computes_in_fp32(model, data, tmp_path, capsys):
+    stored = changed(model, tmp_path / "stored")
+    weights = {name: tensor.half() for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(weights, stored / "model.safetensors", {"format": "pt"})
+    original = load(stored)
+    words = ["--text", str(data / "train.parquet"), "--text-column", "sentence", "--max-length", "32"]
+    assert main(["compress-embeddings", str(stored), *words, "--keep", "0.2", "--out", "small"]) == 0
+    assert main(["densify", "small", "--out", "dense"]) == 0
+    said, sizes = capsys.readouterr().out, []
+    for folder in (stored, tmp_path / "small", tmp_path / "dense"):
+        file = folder / "model.safetensors"
+        sizes.append(file.stat().st_size)
+        assert {t.dtype for t in load_file(file).values() if t.is_floating_point()} == {torch.float16}
+    assert f"{sizes[0]:,} -> {sizes[1]:,} bytes on disk" in said
+    assert f"{sizes[1]:,} -> {sizes[2]:,} bytes on disk" in said
+    assert sizes[1] < sizes[0] == sizes[2]
+    assert {load(folder).dtype for folder in (stored, "small", "dense")} == {torch.float32}
+    for folder in ("small", "dense"):
+        for name, tensor in original.state_dict().items():
+            assert "word_embeddings" in name or torch.equal(tensor, load(folder).state_dict()[name])
 
 
 def test_counts_are_kept_and_used_again(compress, model):

@@ -152,6 +152,26 @@ def test_on_the_meta_device_a_state_can_be_assigned(code, ids, trainable):
     torch.testing.assert_close(layer(ids), code.dense()[ids])
 
 
+def test_it_looks_up_in_the_arrays_of_the_moment(make_code, model, ids):
+    """In those that functional_call, a deep copy or a parametrisation put in the place of its own."""
+    layer = fastkd.SparseEmbedding(make_code(model), trainable=True)
+    before = layer(ids)
+    doubled = {"weight": 2 * layer.weight.detach()}
+    torch.testing.assert_close(torch.func.functional_call(layer, doubled, (ids,)), 2 * before)
+    copied = copy.deepcopy(layer)
+    with torch.no_grad():
+        copied.weight.mul_(2)
+    torch.testing.assert_close(copied(ids), 2 * before)
+    assert torch.equal(layer(ids), before)
+
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    torch.testing.assert_close(layer(ids), 2 * before)
+
+
 def spoiled(state, what):
     if what == "an atom that is no kept row":
         state["atom_ids"] = state["atom_ids"].clone()
