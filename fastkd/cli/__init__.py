@@ -9,7 +9,10 @@ COMMANDS = {
     "train": "run a recipe: fastkd train arc-sst2 teacher=DIR data=DIR [key=value ...]",
     "compress-embeddings": "a smaller embedding table: fastkd compress-embeddings MODEL --text FILE --out SMALL",
     "densify": "a compressed model back as an ordinary checkpoint: fastkd densify SMALL --out DENSE",
-    "bench": "time the kernels against eager torch and torch.compile",
+    "export": "to a file that runs elsewhere: fastkd export MODEL --to onnx --int8 --out model.onnx",
+    "report": "latency, bytes and accuracy side by side: fastkd report TEACHER STUDENT model.onnx --out report/",
+    "gate": "budgets for CI: fastkd gate model.onnx --against report.json --p95 8ms --size 14MB --max-drop 0.5",
+    "bench": "time kernels and training steps against eager torch and torch.compile",
     "demo": "shrink a small encoder on the docstring task, with no download",
     "info": "versions, CPU and GPU, and which backend each op uses",
 }
