@@ -8,7 +8,7 @@ import importlib
 
 from fastkd import losses, ops
 from fastkd.embeddings import registration
-from fastkd.ops import relation_kl, sparse_embedding, use_backend
+from fastkd.ops import cos_nce, relation_kl, sparse_embedding, use_backend
 
 __version__ = "0.1.0"
 
@@ -21,9 +21,9 @@ _ON_FIRST_USE = {
     "SparseCode": "fastkd.embeddings",
     "SparseEmbedding": "fastkd.embeddings",
 }
-_ROOMS = ("models", "data", "embeddings", "recipes", "kernels", "benchmarks", "cli")
+_ROOMS = ("models", "data", "embeddings", "recipes", "edge", "kernels", "benchmarks", "cli")
 
-__all__ = ["losses", "ops", "relation_kl", "sparse_embedding", "use_backend", *_ON_FIRST_USE]
+__all__ = ["cos_nce", "losses", "ops", "relation_kl", "sparse_embedding", "use_backend", *_ON_FIRST_USE]
 
 
 def __getattr__(name: str):

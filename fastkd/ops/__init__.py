@@ -1,7 +1,8 @@
 """The fused operators, and the choice of the backend that runs them."""
 
 from fastkd.ops.backends import use_backend
+from fastkd.ops.cos_nce import cos_nce
 from fastkd.ops.relation_kl import relation_kl
 from fastkd.ops.sparse_embedding import sparse_embedding
 
-__all__ = ["relation_kl", "sparse_embedding", "use_backend"]
+__all__ = ["cos_nce", "relation_kl", "sparse_embedding", "use_backend"]

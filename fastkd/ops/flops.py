@@ -8,7 +8,8 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import fastkd.ops.sparse_embedding  # noqa: F401  defines ops that are looked up below
+import fastkd.ops.cos_nce
+import fastkd.ops.sparse_embedding  # noqa: F401  define ops that are looked up below
 from fastkd.ops.relation_kl import Call
 from fastkd.ops.sparse_arrays import Arrays
 
@@ -50,3 +51,20 @@ def sparse_embedding_backward_flops(upstream, ids, *shapes, out_shape=None) -> i
 def embedding_block_flops(ids, type_ids, position_ids, *shapes, out_shape=None) -> int:
     """That of its lookup: torch counts no additions and no LayerNorm either."""
     return sparse_embedding_flops(ids, *shapes)
+
+
+def _cos_nce(name: str) -> list:
+    return [getattr(torch.ops.fastkd, f"{name}_{backend}") for backend in ("reference", "cpp", "triton", "cuda")]
+
+
+@register_flop_formula(_cos_nce("cos_nce_sums"))
+def cos_nce_sums_flops(vectors, *shapes, out_shape=None) -> int:
+    """The norm and the sum of every vector; a mask is not visible in shapes."""
+    return 2 * 2 * math.prod(vectors)
+
+
+@register_flop_formula(_cos_nce("cos_nce"))
+def cos_nce_flops(student, *shapes, out_shape=None) -> int:
+    """Two norms and two dot products of every row, and with a gradient a sum of three multiples."""
+    with_grad = shapes[-1]
+    return 2 * (4 + 3 * with_grad) * math.prod(student)
