@@ -31,7 +31,9 @@ gpu-build: $(STAMP)
 endif
 GPU_JOBS ?= 8
 GPU_SHAPES ?= small
-SANITIZED := tests/ops/test_relation_kl.py -k "cuda and not reference and (both_operands or peaked or differ_in_dtype)"
+GPU_OPS ?= relation_kl sparse_embedding cos_nce
+SANITIZED := tests/ops/test_relation_kl.py tests/ops/test_sparse_embedding.py tests/ops/test_cos_nce.py \
+  -k "cuda and not reference and (both_operands or peaked or differ_in_dtype or storage_format or any_mask)"
 
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench
 
@@ -53,8 +55,9 @@ gpu-sanitize: gpu-build
 
 # The steps before have left a load average behind: --anyway, which the results record.
 gpu-bench: gpu-build
-	$(GPU_PYTHON) -m fastkd.cli bench kernels --op relation_kl --device cuda --shapes $(GPU_SHAPES) --anyway \
-	  --out benchmarks/results
+	for op in $(GPU_OPS); do $(GPU_PYTHON) -m fastkd.cli bench kernels --op $$op --device cuda --shapes $(GPU_SHAPES) \
+	  --anyway --out benchmarks/results || exit 1; done
+	$(GPU_PYTHON) -m fastkd.cli bench step --recipe arc --device cuda --anyway --out benchmarks/results
 
 # torch comes first and the build is not isolated: the compiled part belongs to the torch that is installed.
 $(STAMP): $(SOURCES)
