@@ -21,6 +21,7 @@ _PAIRS = (
     ("residual", "sparse"),
     ("residual", "pq"),
     ("residual", "pq_rare"),
+    ("pq_rare", "pq"),
 )
 NOT_RUN, TOO_SMALL = "not run", "does not fit"
 
@@ -93,7 +94,11 @@ def _goals(done: Finished) -> str:
     for what, rest in (
         ("10 % kept, k = 8, fp16", "kept 0.1/8"),
         ("30 % kept, k = 8, fp16", "kept 0.3/8"),
-        *((f"{METHODS[method]}, {ratio}x", f"{method}/{ratio}") for method in ("residual", "pq") for ratio in (14, 20)),
+        *(
+            (f"{METHODS[method]}, {ratio}x", f"{method}/{ratio}")
+            for method in ("residual", "pq_rare", "pq")
+            for ratio in (14, 20, 28)
+        ),
     ):
         cell, dense = done.cell(f"sst2/{rest}"), done.cell("sst2/dense")
         times = _number(dense["bytes"] / cell["bytes"] if cell and dense else None)
