@@ -21,7 +21,7 @@ _ON_FIRST_USE = {
     "SparseCode": "fastkd.embeddings",
     "SparseEmbedding": "fastkd.embeddings",
 }
-_ROOMS = ("models", "data", "embeddings", "recipes", "edge", "kernels", "benchmarks", "cli")
+_ROOMS = ("models", "data", "embeddings", "explain", "recipes", "edge", "kernels", "benchmarks", "cli")
 
 __all__ = ["cos_nce", "losses", "ops", "relation_kl", "sparse_embedding", "use_backend", *_ON_FIRST_USE]
 

@@ -20,6 +20,7 @@ class Architecture:
     layers: the `nn.ModuleList` of layers, as seen from the base model (the model without its head).
     projections: the linear maps of query, key and value, as seen from a layer: three names, or one where a fused map
         writes them side by side in this order.
+    embeddings: the module whose output is a vector for each token, as seen from the base model.
     ffn: the config field with the width of the feed-forward block.
     width: config fields that hold the width beside `hidden_size`.
     per_layer: config fields that hold a list with one entry per layer.
@@ -28,6 +29,7 @@ class Architecture:
 
     layers: str = "encoder.layer"
     projections: tuple[str, ...] = ("attention.self.query", "attention.self.key", "attention.self.value")
+    embeddings: str = "embeddings"
     ffn: str = "intermediate_size"
     width: tuple[str, ...] = ()
     per_layer: tuple[str, ...] = ()
@@ -108,6 +110,12 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     """The list of layers of a model with any head."""
     encoder = find_encoder(model)
     return attrgetter(architecture_of(encoder.config).layers)(encoder)
+
+
+def embeddings_of(model: nn.Module) -> nn.Module:
+    """The embeddings of a model with any head: their output is what layer 0 works on (Electra widens it first)."""
+    encoder = find_encoder(model)
+    return attrgetter(architecture_of(encoder.config).embeddings)(encoder)
 
 
 def projections_of(model: nn.Module, layer: nn.Module) -> dict[str, nn.Module]:

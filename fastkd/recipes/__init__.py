@@ -4,10 +4,13 @@ from fastkd.recipes.arc import ArcRecipe
 from fastkd.recipes.arc_stage_a import ArcStageAConfig, ArcStageATrainer
 from fastkd.recipes.arc_stage_b import ArcStageBConfig, ArcStageBTrainer, stage_b_encoder
 from fastkd.recipes.finetune import FineTuneConfig, FineTuneTrainer
+from fastkd.recipes.lrc_bert import LrcBertRecipe
+from fastkd.recipes.lrc_bert_general import LrcBertGeneralConfig, LrcBertGeneralTrainer
+from fastkd.recipes.lrc_bert_task import LrcBertConfig, LrcBertTrainer
 from fastkd.recipes.settings import from_settings, read_settings, shipped_recipes
 from fastkd.recipes.training import DistillationArguments, DistillationTrainer, NotFiniteError
 
-RECIPES = {"arc": ArcRecipe}
+RECIPES = {"arc": ArcRecipe, "lrc_bert": LrcBertRecipe}
 
 __all__ = [
     "RECIPES",
@@ -20,6 +23,11 @@ __all__ = [
     "DistillationTrainer",
     "FineTuneConfig",
     "FineTuneTrainer",
+    "LrcBertConfig",
+    "LrcBertGeneralConfig",
+    "LrcBertGeneralTrainer",
+    "LrcBertRecipe",
+    "LrcBertTrainer",
     "NotFiniteError",
     "read_settings",
     "run_recipe",

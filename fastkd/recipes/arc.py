@@ -219,7 +219,7 @@ def evaluate(model, task, tokens, tokenizer) -> dict[str, float]:
     return metrics
 
 
-def check_folder(folder: Path, identity: dict, overwrite: bool) -> None:
+def check_folder(folder: Path, identity: dict, overwrite: bool, steps: tuple[str, ...] = _STEPS) -> None:
     """Raise a ValueError where `folder` holds another run, or other files, and `overwrite` is not set."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={folder} is a file; name a folder")
@@ -232,17 +232,17 @@ def check_folder(folder: Path, identity: dict, overwrite: bool) -> None:
     described = json.loads(json.dumps(identity, default=str))
     changed = sorted(k for k in described if before is not None and before.get(k) != described[k])
     # A run that failed before its first checkpoint has nothing to lose.
-    if changed and any(is_done(folder / step) or any((folder / step).glob("checkpoint-*")) for step in _STEPS):
+    if changed and any(is_done(folder / step) or any((folder / step).glob("checkpoint-*")) for step in steps):
         raise ValueError(
             f"output_dir={folder} holds another run (it differs in {', '.join(changed)}); name another folder, "
             "or overwrite=true"
         )
 
 
-def start_folder(folder: Path, identity: dict, overwrite: bool) -> None:
+def start_folder(folder: Path, identity: dict, overwrite: bool, steps: tuple[str, ...] = _STEPS) -> None:
     """Make `folder` this run's own."""
     if overwrite:
-        for step in _STEPS:
+        for step in steps:
             shutil.rmtree(folder / step, ignore_errors=True)
         (folder / "results.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -90,13 +90,7 @@ class ArcStageATrainer(DistillationTrainer):
 
     def loss_terms(self, model, inputs):
         what = tuple(self.relation_kl.weights)
-        # Nothing above the last projection that is needed runs, in either model.
-        with (
-            torch.no_grad(),
-            self.accelerator.autocast(),  # the student's own stands inside the wrapped model
-            tap(self.teacher, [t for t, _, _ in self.pairs], what, stop_after=True) as teacher,
-        ):
-            self.teacher(**inputs)
+        teacher = self.targets(inputs)
         with tap(model, [s for _, s, _ in self.pairs], what, stop_after=True) as student:
             model(**inputs)
         terms = {}
@@ -104,6 +98,12 @@ class ArcStageATrainer(DistillationTrainer):
             losses = self.relation_kl(student[s], teacher[t], inputs["attention_mask"])
             terms |= {self._term(t, s, name): losses[name] for name in what}
         return terms, None
+
+    def compute_targets(self, inputs):
+        # Nothing above the last projection that is needed runs, in either model.
+        with tap(self.teacher, [t for t, _, _ in self.pairs], tuple(self.relation_kl.weights), stop_after=True) as taps:
+            self.teacher(**inputs)
+        return taps
 
     def description(self):
         what = ", ".join(self.relation_kl.weights)

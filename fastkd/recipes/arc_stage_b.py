@@ -7,10 +7,11 @@ The procedure is BERT-of-Theseus' (arXiv 2002.02925); that ARC starts it from th
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from transformers import DataCollatorWithPadding
 
+from fastkd.losses import soft_label_loss
 from fastkd.models import ReplaceableEncoder, ReplacementSchedule
+from fastkd.models.architectures import embeddings_of
 from fastkd.recipes.training import DistillationArguments, DistillationTrainer, check_vocabulary
 
 
@@ -99,10 +100,14 @@ class ArcStageBTrainer(DistillationTrainer):
         outputs = model(**inputs)
         terms = {"task": outputs.loss}
         if "soft" in self.weights:
-            with torch.no_grad(), self.accelerator.autocast():
-                teacher_logits = self.encoder.predecessor(**inputs).logits
-            terms["soft"] = soft_label_loss(outputs.logits, teacher_logits, self.args.temperature)
+            terms["soft"] = soft_label_loss(outputs.logits, self.targets(inputs), self.args.temperature)
         return terms, outputs
+
+    def compute_targets(self, inputs):
+        return self.encoder.predecessor(**inputs).logits if "soft" in self.weights else None
+
+    def embeddings(self):
+        return embeddings_of(self.encoder.student)
 
     def extra_logs(self):
         drawn, self._drawn = self._drawn, []
@@ -130,13 +135,3 @@ def stage_b_encoder(predecessor, student, config: ArcStageBConfig, total_steps: 
     return ReplaceableEncoder(
         predecessor, student, schedule, groups=config.groups, seed=config.seed, train_head=config.train_head
     )
-
-
-def soft_label_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """τ² KL(teacher ‖ student) of softened classes, mean over the batch; (B, C) logits. One column is a score: MSE."""
-    student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
-    if student_logits.shape[-1] == 1:
-        return F.mse_loss(student_logits, teacher_logits)
-    log_student = (student_logits / temperature).log_softmax(-1)
-    log_teacher = (teacher_logits / temperature).log_softmax(-1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")

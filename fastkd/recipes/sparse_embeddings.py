@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastkd.data import Task, load_corpus, load_task
 from fastkd.data.tasks import check_max_length
@@ -27,6 +26,7 @@ from fastkd.embeddings.compress import compress_embeddings, densify
 from fastkd.embeddings.counts import count_tokens, load_counts, save_counts
 from fastkd.embeddings.input_embedding import input_embedding
 from fastkd.embeddings.methods import METHODS, setting, settings_to_try
+from fastkd.models.loading import load_model, load_tokenizer
 from fastkd.recipes.arc import evaluate
 from fastkd.recipes.output_folder import check_out, whole_folder
 from fastkd.recipes.sparse_embeddings_checkpoint import (
@@ -209,30 +209,6 @@ def parse_bytes(size: str | int) -> int:
     if unit is None or float(found[1]) * unit < 1:
         raise ValueError(f"budget={size!r}: bytes are needed, such as 12MB, 800kB or 12582912")
     return int(float(found[1]) * unit)
-
-
-def load_model(path: str | Path) -> PreTrainedModel:
-    """The model in a folder or on the hub, with the head it was saved with, in the dtype it was saved in.
-
-    Raises ValueError where there is none, or of a class that transformers does not have.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-        [name] = config.architectures or ["AutoModel"]
-        if not hasattr(transformers, name):
-            raise ValueError(f"its class {name} is not one of transformers")
-        return getattr(transformers, name).from_pretrained(path)
-    except (OSError, ValueError) as error:
-        what = "the folder holds none that loads" if Path(path).is_dir() else "no such folder, and none on the hub"
-        raise ValueError(f"model={path} is no model: {what} ({str(error).splitlines()[0]})") from error
-
-
-def load_tokenizer(path: str | Path):
-    """The tokenizer that lies beside a model. Raises ValueError if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model={path} has no tokenizer that loads ({str(error).splitlines()[0]})") from error
 
 
 def check_labels(model: PreTrainedModel, task: Task) -> None:

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from fastkd.models.architectures import embeddings_of
+from fastkd.recipes.perturbation import NORMS, PERTURBATIONS, EmbeddingPerturbation
 
 _NAMED = 8  # ids by which a message names a batch
 _NEVER = 2**62  # later than any step
@@ -34,6 +37,9 @@ class DistillationArguments(TrainingArguments):
         bf16: true, false or "auto": wherever bf16 is faster in hardware.
         optim: fused AdamW; on a CPU the unfused one takes a third of a small student's step.
         train_sampling_strategy: batches of similar length. Padding SST-2 to random batches costs two to three times.
+        perturbation: "embedding" takes every training step from perturbed embeddings, at the cost of a second forward
+            and most of a second backward (`fastkd.recipes.perturbation`); null takes it from where the student stands.
+        perturbation_norm: over what the perturbation has length 1: "token", "sequence" or "batch".
     """
 
     bf16: bool | str = "auto"
@@ -50,8 +56,16 @@ class DistillationArguments(TrainingArguments):
     save_total_limit: int | None = 1
     report_to: str | list[str] | None = "none"
     dataloader_pin_memory: bool = False
+    perturbation: str | None = None
+    perturbation_norm: str = "token"
 
     def __post_init__(self):
+        if self.perturbation not in PERTURBATIONS:
+            raise ValueError(f"perturbation={self.perturbation!r}; allowed are embedding and null")
+        if self.perturbation_norm not in NORMS:
+            raise ValueError(f"perturbation_norm={self.perturbation_norm!r}; allowed are {', '.join(NORMS)}")
+        if self.perturbation and self.torch_compile:
+            raise ValueError("perturbation=embedding works by hooks, which torch_compile=true skips; choose one")
         if self.bf16 not in (True, False, "auto"):
             raise ValueError(f"bf16={self.bf16!r}; allowed are true, false and auto")
         if self.bf16 == "auto":
@@ -114,10 +128,26 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._steps = 0.0
         self._first_bad: Tensor | None = None
+        self._perturbation = EmbeddingPerturbation(args.perturbation_norm) if args.perturbation else None
+        self._targets = (None, None)  # the batch that is being worked on, and what the teacher gave for it
 
     def loss_terms(self, model, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], object]:
         """The unweighted loss terms of a batch, and the model's output."""
         raise NotImplementedError
+
+    def compute_targets(self, inputs: dict[str, Tensor]):
+        """What the teacher gives for a batch, called without gradient and under the student's autocast."""
+
+    def targets(self, inputs: dict[str, Tensor]):
+        """`compute_targets(inputs)`, computed once for a batch however often the student runs on it."""
+        if self._targets[0] is not inputs:
+            with torch.no_grad(), self.accelerator.autocast():  # the student's own stands inside the wrapped model
+                self._targets = (inputs, self.compute_targets(inputs))
+        return self._targets[1]
+
+    def embeddings(self) -> nn.Module:
+        """The student's, which are perturbed."""
+        return embeddings_of(self.model)
 
     def extra_logs(self) -> dict[str, float]:
         """Further figures to log beside the loss terms."""
@@ -138,6 +168,8 @@ class DistillationTrainer(Trainer):
             lines["tokens"] = f"{tokens:.0f} per step without padding; {share:.0%} of each batch is padding"
         lines["numbers"] = "bf16 autocast" if self.args.bf16 else "fp16 autocast" if self.args.fp16 else "fp32"
         lines["loss"] = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
+        if self._perturbation:
+            lines["perturbed"] = f"embeddings, by 1 per {self.args.perturbation_norm} up their gradient"
         return lines
 
     def train(self, *args, **kwargs):
@@ -163,12 +195,14 @@ class DistillationTrainer(Trainer):
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
         try:
-            terms, outputs = self.loss_terms(model, inputs)
+            terms, outputs = (self._perturbed_terms if self._perturbation else self.loss_terms)(model, inputs)
         except ValueError as error:
             if "is not finite" not in str(error):
                 raise
             raise self._stopped(self.state.global_step, inputs["input_ids"][0, :_NAMED], str(error)) from error
-        loss = sum(self.weights[name] * term for name, term in terms.items())
+        finally:
+            self._targets = (None, None)
+        loss = self._weighted(terms)
         self._remember_if_not_finite(loss, inputs)
         # The last batch of an epoch is a short one: a mean of means would weigh its sequences more than others.
         share = len(inputs["input_ids"]) / (num_items_in_batch or len(inputs["input_ids"]))
@@ -177,6 +211,22 @@ class DistillationTrainer(Trainer):
                 self._sums[name] = self._sums.get(name, 0) + term.detach().float() * share
             self._steps += share
         return (loss * share, outputs) if return_outputs else loss * share
+
+    def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
+        return sum(self.weights[name] * term for name, term in terms.items())
+
+    def _perturbed_terms(self, model, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], object]:
+        def scaled_loss() -> Tensor:
+            # Data parallel must not wait for gradients that this pass does not make.
+            with self.accelerator.no_sync(model):
+                loss = self._weighted(self.loss_terms(model, inputs)[0])
+            scaler = self.accelerator.scaler  # of fp16, whose gradients underflow without it
+            return loss if scaler is None else scaler.scale(loss)
+
+        self.targets(inputs)  # before anything is hooked: a teacher may share the student's embeddings
+        return self._perturbation(
+            self.embeddings(), inputs.get("attention_mask"), scaled_loss, lambda: self.loss_terms(model, inputs)
+        )
 
     @torch.no_grad()
     def _remember_if_not_finite(self, loss: Tensor, inputs: dict[str, Tensor]) -> None:
@@ -216,6 +266,10 @@ class DistillationTrainer(Trainer):
             self._stop_everywhere_if_not_finite()
             means = self.accelerator.reduce(torch.stack(list(self._sums.values())) / self._steps, "mean").tolist()
             logs |= {f"loss_{name}": mean for name, mean in zip(self._sums, means, strict=True)}
+            if self._perturbation:
+                skipped = torch.as_tensor(self._perturbation.skipped, device=self.args.device)
+                logs["perturbation_skipped"] = int(self.accelerator.reduce(skipped, "sum"))
+                self._perturbation.skipped = 0
             logs |= self.extra_logs()
             self._sums, self._steps = {}, 0.0
         super().log(logs, start_time)

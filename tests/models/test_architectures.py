@@ -4,6 +4,7 @@ from transformers import ConvBertConfig, ConvBertModel
 
 import fastkd
 from fastkd.models import Architecture, architectures, register_architecture
+from fastkd.models.architectures import embeddings_of
 
 
 @pytest.fixture
@@ -39,3 +40,14 @@ def test_an_added_architecture_can_be_tapped(convbert):
 def test_an_architecture_needs_one_or_three_projections():
     with pytest.raises(ValueError, match="query, key and value"):
         Architecture(projections=("q", "k"))
+
+
+@pytest.mark.parametrize("head", ["sequence", "bare"])
+def test_the_layers_work_on_what_the_embeddings_give(make_model, architecture, head, batch):
+    model, given = make_model(architecture, head), []
+    embeddings_of(model).register_forward_hook(lambda module, args, output: given.append(output))
+    output = model(**batch)
+    [vectors] = given
+    assert vectors.shape[:2] == batch["input_ids"].shape
+    [gradient] = torch.autograd.grad(output[0].sum(), vectors)
+    assert gradient[0].abs().sum(-1).gt(0).all()

@@ -2,7 +2,15 @@
 
 import pytest
 
-from fastkd.recipes import ArcRecipe, ArcStageAConfig, from_settings, read_settings, run_recipe, shipped_recipes
+from fastkd.recipes import (
+    RECIPES,
+    ArcRecipe,
+    ArcStageAConfig,
+    from_settings,
+    read_settings,
+    run_recipe,
+    shipped_recipes,
+)
 
 
 @pytest.fixture
@@ -20,8 +28,9 @@ def test_a_shipped_recipe_is_read_by_its_name():
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_has_settings_that_fit(name, tmp_path):
     settings = read_settings(name, ["teacher=somewhere", f"output_dir={tmp_path}"])
-    assert settings.pop("recipe") == "arc"
-    assert set(from_settings(ArcRecipe, settings, "arc").configs()) == {"finetune", "stage_a", "stage_b"}
+    sections = {"arc": {"finetune", "stage_a", "stage_b"}, "lrc_bert": {"finetune", "general", "distil"}}
+    kind = settings.pop("recipe")
+    assert set(from_settings(RECIPES[kind], settings, kind).configs()) == sections[kind]
 
 
 def test_words_override_the_file_and_reach_into_sections(file):

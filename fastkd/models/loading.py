@@ -1,0 +1,30 @@
+"""A model and its tokenizer by folder or hub id, with errors that name what was given."""
+
+from pathlib import Path
+
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+
+def load_model(path: str | Path) -> PreTrainedModel:
+    """The model in a folder or on the hub, with the head it was saved with, in the dtype it was saved in.
+
+    Raises ValueError where there is none, or of a class that transformers does not have.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        [name] = config.architectures or ["AutoModel"]
+        if not hasattr(transformers, name):
+            raise ValueError(f"its class {name} is not one of transformers")
+        return getattr(transformers, name).from_pretrained(path)
+    except (OSError, ValueError) as error:
+        what = "the folder holds none that loads" if Path(path).is_dir() else "no such folder, and none on the hub"
+        raise ValueError(f"model={path} is no model: {what} ({str(error).splitlines()[0]})") from error
+
+
+def load_tokenizer(path: str | Path):
+    """The tokenizer that lies beside a model. Raises ValueError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={path} has no tokenizer that loads ({str(error).splitlines()[0]})") from error
