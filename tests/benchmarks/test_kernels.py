@@ -101,7 +101,7 @@ def test_a_busy_machine_is_refused_unless_told_otherwise(monkeypatch, capsys):
 
 
 def test_unknown_names_are_refused_before_any_work():
-    with pytest.raises(ValueError, match="op='kl'; allowed are .*relation_kl"):
+    with pytest.raises(ValueError, match=r"op='kl'; allowed are .*relation_kl"):
         kernels.main("kl")
     with pytest.raises(ValueError, match="shapes='huge'; allowed are tiny, small, full"):
         kernels.main("relation_kl", shapes="huge")
