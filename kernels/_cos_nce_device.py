@@ -1,14 +1,14 @@
 """The device side of cos_nce in Triton; formula, schemas and reference stand in fastkd/ops/cos_nce.py.
 
-    run_sums    adds up unit vectors: a program reads one chunk of the samples, of one layer and position, and adds run by
-                run, where a run is all samples, or in the list sorted by classes those of one class
+    run_sums    adds up unit vectors: a program reads one chunk of the samples, of one layer and position, and adds run
+                by run, where a run is all samples, or in the list sorted by classes those of one class
     totals      adds what runs that reach over several chunks left behind, in the order of the chunks
     rows        losses, and the gradient while student and teacher are still in registers
     scale       multiplies a gradient where it lies, unless by one
 
 A program holds ROWS rows of WIDTH columns, padded to BLOCK. Rows wider than BLOCK are read block by block: once for
-their products, and once more, then out of the cache, for what becomes of them. Chunks follow from sizes alone, and there
-are no atomics: every run on every device adds in the same order.
+their products, and once more, then out of the cache, for what becomes of them. Chunks follow from sizes alone, and
+there are no atomics: every run on every device adds in the same order.
 """
 
 import triton
@@ -53,7 +53,7 @@ def run_sums(
     p_order, p_sorted, p_begins, SAMPLES, POSITIONS, SUMS, CHUNKS, SPAN,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """p_sorted: classes in ascending order, p_order: their samples, p_begins: where each class begins, and the last ends.
+    """p_sorted: classes in ascending order; p_order: their samples; p_begins: where each begins, and the last one ends.
 
     The sum of a run that lies within the chunk is whole. Another, which can only be the chunk's first or its last, goes
     to p_edges: (layer, position, chunk, WIDTH), and with classes (layer, position, chunk, first or last, WIDTH).
@@ -107,7 +107,7 @@ def totals(
     p_sums, p_edges, p_begins, SAMPLES, POSITIONS, SUMS, CHUNKS, SPAN,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of the sum over all samples, or where there is p_begins of those over the classes: zero for one without samples."""
+    """Of the sum over all samples, or, where there is p_begins, of those over the classes: zero for an empty one."""
     BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     o_columns = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     i_column = (tl.program_id(0) // BLOCKS).to(tl.int64)
@@ -239,12 +239,12 @@ def rows(
 def scale(p_grad, p_factor, ELEMENTS, BLOCK: tl.constexpr):
     factor = tl.load(p_factor)
     if factor != 1.0:
-        for i_block in range(tl.program_id(0), tl.cdiv(ELEMENTS, BLOCK), tl.num_programs(0)):
-            p_block = p_grad + i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            left = ELEMENTS - i_block.to(tl.int64) * BLOCK
-            if left >= BLOCK:  # without a mask, so that accesses are 16 bytes wide
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, ELEMENTS, tl.num_programs(0) * BLOCK):
+            p_block = p_grad + start + tl.arange(0, BLOCK)
+            if start + BLOCK <= ELEMENTS:  # without a mask, so that accesses are 16 bytes wide
                 tl.store(p_block, (tl.load(p_block).to(tl.float32) * factor).to(p_grad.dtype.element_ty))
             else:
-                b_there = tl.arange(0, BLOCK) < left
+                b_there = start + tl.arange(0, BLOCK) < ELEMENTS
                 b_grad = tl.load(p_block, mask=b_there, other=0.0).to(tl.float32) * factor
                 tl.store(p_block, b_grad.to(p_grad.dtype.element_ty), mask=b_there)

@@ -1,5 +1,5 @@
-"""cos_nce in Triton: tensors in, tensors out. Schemas, formula and reference stand in fastkd/ops/cos_nce.py, the kernels
-in _cos_nce_device.py."""
+"""cos_nce in Triton: tensors in, tensors out. Schemas, formula and reference stand in fastkd/ops/cos_nce.py, the
+kernels in _cos_nce_device.py."""
 
 import math
 
@@ -58,7 +58,7 @@ def cos_nce_sums(vectors: Tensor, mask: Tensor | None, classes: Tensor | None, n
     operands = (sums, edges, vectors, *strides, *_mask(mask))
     grid = (columns * chunks * blocks,)
     with torch.cuda.device_of(vectors):
-        run_sums[grid](*operands, None, None, None, *sizes, **tile, UNIT=unit)
+        run_sums[grid](*operands, None, None, None, *sizes, **tile, UNIT=unit, maxnreg=64)
         if chunks > 1:
             small = tile | {"BLOCK": 32, "ROWS": 64, "num_warps": 4}
             totals[(columns * triton.cdiv(width, 32),)](sums, edges, None, *sizes, **small)
@@ -66,7 +66,7 @@ def cos_nce_sums(vectors: Tensor, mask: Tensor | None, classes: Tensor | None, n
             in_order, order = torch.sort(classes, stable=True)
             bounds = torch.arange(num_classes + 1, dtype=classes.dtype, device=classes.device)
             begins = torch.searchsorted(in_order, bounds)
-            run_sums[grid](*operands, order, in_order, begins, *sizes, **tile, UNIT=unit)
+            run_sums[grid](*operands, order, in_order, begins, *sizes, **tile, UNIT=unit, maxnreg=96)
             totals[(columns * num_classes * blocks,)](sums, edges, begins, *sizes, **tile)
     return sums
 
