@@ -2,42 +2,13 @@
 // fastkd/ops/sparse_embedding.py. Only torch's ABI-stable headers: it compiles without a CUDA build of torch.
 
 #include "warp.cuh"
-
-#include <torch/csrc/stable/accelerator.h>
-
+#include "device_launcher.h"
 #include "sparse_embedding_tensors.h"
 
 namespace fastkd::sparse {
 namespace {
 
-struct DeviceLauncher {
-  torch::stable::accelerator::DeviceGuard guard;
-  int shared_limit, processors;
-  cudaStream_t stream;
-
-  explicit DeviceLauncher(int32_t device) : guard(device) {
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    int generation = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device));
-    STD_TORCH_CHECK(generation >= 8, "sparse_embedding_cuda: this device has compute capability ", generation,
-                    ".x; 8.0 or later is needed");
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
-    stream = static_cast<cudaStream_t>(current);
-  }
-
-  template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, Arguments... arguments) {
-    if (shared_bytes > 48 * 1024) { // more than a kernel may have unless it is told so
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    }
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-};
-
-DeviceLauncher launcher_for(const Tensor& ids) { return DeviceLauncher(ids.get_device_index()); }
+DeviceLauncher launcher_for(const Tensor& ids) { return DeviceLauncher(ids.get_device_index(), "sparse_embedding"); }
 
 } // namespace
 
