@@ -1,18 +1,20 @@
-"""What can be shipped and run: a transformers folder, or an exported file with what belongs to it."""
+"""What can be shipped and run: a transformers folder, or an exported file with what belongs to it.
+
+transformers' AutoTokenizer and AutoConfig import torch, which a process that runs an exported file does without: they
+are imported where they are needed.
+"""
 
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from fastkd.edge.extras import required
 from fastkd.edge.manifest import PARTS, Manifest, read_manifest
-from fastkd.edge.served import task_of
 
 FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch-export", ".pte": "executorch"}
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
@@ -39,20 +41,41 @@ class Artifact:
 
     def tokenizer(self):
         """The tokenizer. Raises ValueError if there is none."""
+        if self.manifest is not None and (self.folder / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            found = PreTrainedTokenizerFast.from_pretrained(self.folder)
+            if found.pad_token is not None:  # else the folder leaves its special tokens to the model's own class
+                return found
+        from transformers import AutoTokenizer
+
         try:
             return AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{self.folder} has no tokenizer that loads ({reason})") from error
 
-    def config(self) -> PretrainedConfig:
+    def config(self) -> "transformers.PretrainedConfig":  # noqa: F821
         """The model's config, with its labels."""
+        from transformers import AutoConfig
+
         return AutoConfig.from_pretrained(self.folder)
+
+    def sizes(self) -> tuple[int, int]:
+        """Tokens of the vocabulary, and token types."""
+        written = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        if self.manifest is None or "vocab_size" not in written:  # what is left out has its class' default
+            written = self.config().to_dict()
+        return written["vocab_size"], written.get("type_vocab_size") or 0
 
     @property
     def task(self) -> str:
         """ "sequence-classification", "regression" or "sentence-embedding"."""
-        return task_of(self.config()) if self.manifest is None else self.manifest.task
+        if self.manifest is not None:
+            return self.manifest.task
+        from fastkd.edge.served import task_of
+
+        return task_of(self.config())
 
     def files(self) -> list[Path]:
         """The files of weights and graph."""
@@ -130,7 +153,8 @@ def open_artifact(path: str | Path) -> Artifact:
     if found.is_dir():
         if not (found / "config.json").is_file() or not any(found.glob("*.safetensors")):
             raise ValueError(f"{path} is no model's folder: config.json and *.safetensors are needed")
-        return Artifact(found, "torch", _precision(AutoConfig.from_pretrained(found)))
+        folder = Artifact(found, "torch", "fp32")
+        return replace(folder, precision=_precision(folder.config()))
     if not found.is_file():
         raise ValueError(f"{path}: no such file or folder")
     if found.suffix not in FORMATS:
@@ -169,7 +193,7 @@ def with_other(parts: dict[str, int], total: int) -> dict[str, int]:
     return named | {"other": total - sum(named.values())}
 
 
-def _precision(config: PretrainedConfig) -> str:
+def _precision(config) -> str:
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     return _PRECISIONS.get(dtype, dtype)
 

@@ -44,8 +44,11 @@ AttentionInterface.register(_OURS, attention)
 AttentionMaskInterface.register(_OURS, padding_mask)
 
 
-def capture(served: ServedModel, *, int8: bool, at_load: bool) -> ExportedProgram:
-    """The program of a copy of `served`; the arguments are those of `use_lookups`.
+def capture(
+    served: ServedModel, *, int8: bool, at_load: bool, largest: tuple[int | None, int | None] = (None, None)
+) -> ExportedProgram:
+    """The program of a copy of `served`; int8 and at_load are those of `use_lookups`. largest: the batch and length
+    that a format plans its memory for; None where any may come.
 
     Raises ValueError, naming the module, where the model cannot be captured.
     """
@@ -57,7 +60,7 @@ def capture(served: ServedModel, *, int8: bool, at_load: bool) -> ExportedProgra
     ready.requires_grad_(False)
     ids = torch.full(_EXAMPLE, 5)
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    both = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    both = {place: Dim.DYNAMIC(min=1, max=most) if most else Dim.DYNAMIC for place, most in enumerate(largest)}
     names = served.inputs
     with _innermost_module(ready) as inside, quiet():
         try:
@@ -82,8 +85,10 @@ def does_not_export(program: ExportedProgram, error: Exception) -> ValueError:
     if found is None:
         return ValueError(f"the model does not export: {chain[-1].strip().splitlines()[0]}")
     operator = next(filter(None, found.groups()))
+    # An exporter may name what the program's operator was made into: prims.bessel_j0 of aten.special_bessel_j0.
+    name = operator.split(".")[1]
     for node in program.graph.nodes:
-        if str(node.target).startswith(operator) and node.meta.get("nn_module_stack"):
+        if name in str(node.target) and node.meta.get("nn_module_stack"):
             path, kind = list(node.meta["nn_module_stack"].values())[-1]
             return ValueError(f"the operator {operator} does not export; it comes from {_described(path, kind)}")
     return ValueError(f"the operator {operator} does not export")

@@ -7,6 +7,8 @@ from torch.export import ExportedProgram
 from fastkd.edge.capture import does_not_export, quiet
 from fastkd.edge.extras import required
 
+LARGEST_BATCH = 16  # sentences: the runtime sets aside memory for the largest batch at the largest length
+
 
 def save(program: ExportedProgram, path: Path) -> None:
     """NAME.pte. Raises ValueError where ExecuTorch is not installed, or has no such operator."""

@@ -22,11 +22,12 @@ from fastkd.edge.artifact import FORMATS, Artifact, open_artifact, sizes_by_part
 from fastkd.edge.capture import capture
 from fastkd.edge.extras import required
 from fastkd.edge.manifest import Manifest, manifest_path, read_manifest
-from fastkd.edge.runtimes import load_runtime, torch_runtime
+from fastkd.edge.runtimes import load_runtime
 from fastkd.edge.served import ServedModel, load_served
-from fastkd.edge.verify import BOUNDS, Verification, verify
+from fastkd.edge.torch_runtimes import torch_runtime
+from fastkd.edge.verify import BOUNDS, LONGEST, Verification, verify
 from fastkd.embeddings.module import SparseEmbedding
-from fastkd.recipes.sparse_embeddings import load_tokenizer
+from fastkd.models.loading import load_tokenizer
 from fastkd.recipes.training import check_vocabulary
 
 TARGETS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "executorch": ".pte"}
@@ -143,7 +144,10 @@ class Export:
     def _write(self, served: ServedModel, tokenizer, texts: list[str], file: Path) -> list[tuple[str, int, int]]:
         """Write the exported file; returns name, bytes and count of its weights."""
         # onnxruntime folds constants while it loads; the others would do so while exporting, or at every call.
-        program = capture(served, int8=self.int8 and self.to == "onnx", at_load=self.to == "onnx")
+        onnx, largest = self.to == "onnx", (None, None)
+        if self.to == "executorch":
+            largest = executorch_program.LARGEST_BATCH, served.max_length or LONGEST
+        program = capture(served, int8=self.int8 and onnx, at_load=onnx, largest=largest)
         if self.to in ("torch", "executorch"):
             torch.export.save(program, file) if self.to == "torch" else executorch_program.save(program, file)
             tensors = {**program.state_dict, **program.constants}

@@ -74,7 +74,7 @@ class SparseLookup(nn.Module):
         found = []
         if self.has_atoms:
             rows = self.kept(F.embedding(ids, atoms).to(torch.int32))
-            found.append((F.embedding(ids, weights).float()[:, :, None] @ rows)[:, :, 0])
+            found.append((F.embedding(ids, weights).float().unsqueeze(2) @ rows).squeeze(2))
         if self.has_residual:
             codes = F.embedding(ids, residual).to(torch.int32) + self.first
             found.append(self.codebook(codes).flatten(2) * F.embedding(ids, coded).float())

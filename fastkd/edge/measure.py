@@ -25,6 +25,7 @@ from fastkd.edge.report_schema import Cell, Process, Row
 # page faults. With these settings every artifact reuses its pages.
 _PAGE_REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 _WORKER = "fastkd.edge.measure_worker"
+_WITHOUT_TORCH = Path(__file__).with_name("measure_without_torch.py")
 
 
 class MeasurementError(RuntimeError):
@@ -65,7 +66,8 @@ class Worker:
         file.write_text(json.dumps(job | {"started": time.time()}), encoding="utf-8")
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _WORKER, str(file)],
+                # -P: the file's own folder is no place to import from.
+                [sys.executable, *(("-m", _WORKER) if row.format == "torch" else ("-P", _WITHOUT_TORCH)), str(file)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -1,7 +1,8 @@
 """The process that runs one artifact: reads a request a line from its input, writes an answer a line to its output.
 
 Its parent is `fastkd.edge.measure.Worker`, which names the job's file as the only argument. The first answer comes
-unasked, when the artifact has given its first result.
+unasked, when the artifact has given its first result. For an exported file `fastkd.edge.measure_without_torch` starts
+it, and it may import nothing of fastkd that imports torch.
 """
 
 import json
@@ -10,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from fastkd.edge.artifact import open_artifact
+from fastkd.edge.artifact import Artifact, open_artifact
 from fastkd.edge.measure_texts import encode, texts_of_length
-from fastkd.edge.runtimes import load_runtime
+from fastkd.edge.runtimes import import_library, load_runtime
 
 _PREDICTED_TOGETHER = 32
 _TURN_SECONDS, _TURN_CALLS, _LEAST_CALLS = 0.25, 20, 2
@@ -38,9 +39,8 @@ def peak_memory() -> int:
 class Measured:
     """An artifact that is loaded, and what can be asked of it."""
 
-    def __init__(self, job: dict):
+    def __init__(self, job: dict, artifact: Artifact):
         self.job, self.cells = job, {}
-        artifact = open_artifact(job["path"])
         self.tokenizer = artifact.tokenizer()
         self.runtime = load_runtime(artifact, threads=job["threads"], mode=job["mode"] or "eager")
 
@@ -88,8 +88,10 @@ class Measured:
 
 def serve(job: dict, requests, answer) -> None:
     """Answer until the requests end. A request that fails is answered with its error, and the next one is read."""
+    artifact = open_artifact(job["path"])
+    import_library(artifact.format)
     imported, imports_bytes = time.time(), peak_memory()
-    measured = Measured(job)
+    measured = Measured(job, artifact)
     loaded = time.time()
     measured.first_answer()
     answer(

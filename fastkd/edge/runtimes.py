@@ -1,17 +1,18 @@
-"""One way to call every artifact, whatever runs it."""
+"""One way to call every artifact, whatever runs it. torch is imported only for what it runs."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
-import torch
 
 from fastkd.edge.artifact import Artifact
 from fastkd.edge.extras import required
-from fastkd.edge.served import ServedModel, load_served
 
 MODES = ("eager", "compile", "int8")
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
+_LIBRARIES = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
 @dataclass(frozen=True)
@@ -66,41 +67,22 @@ def load_runtime(artifact: Artifact, threads: int = 1, mode: str = "eager") -> R
     if mode not in MODES or (mode != "eager" and artifact.format != "torch"):
         allowed = f"one of {', '.join(MODES)}" if artifact.format == "torch" else "only 'eager' here"
         raise ValueError(f"mode={mode!r} for an artifact of format {artifact.format}; allowed is {allowed}")
+    library = import_library(artifact.format)
     if artifact.format == "torch":
-        return _torch(artifact, threads, mode)
-    name, run, inputs = _LOADERS[artifact.format](artifact, threads)
-    config, manifest = artifact.config(), artifact.manifest
+        return library.load_folder(artifact, threads, mode)
+    load = {"onnx": _onnxruntime, "openvino": _openvino}.get(artifact.format) or library.LOADERS[artifact.format]
+    name, run, inputs = load(artifact, threads)
+    manifest = artifact.manifest
     inputs = inputs if manifest is None else tuple(manifest.inputs)
     max_length = None if manifest is None else manifest.max_length
-    return Runtime(name, run, inputs, config.vocab_size, getattr(config, "type_vocab_size", 0) or 0, max_length)
+    return Runtime(name, run, inputs, *artifact.sizes(), max_length)
 
 
-def torch_runtime(served: ServedModel, name: str = f"torch {torch.__version__}") -> Runtime:
-    """The model itself as a runtime, on as many threads as torch has."""
-    config = served.config
-    types = getattr(config, "type_vocab_size", 0) or 0
-    return Runtime(name, _of_module(served), served.inputs, config.vocab_size, types, served.max_length)
-
-
-def _torch(artifact: Artifact, threads: int, mode: str) -> Runtime:
-    torch.set_num_threads(threads)
-    served = load_served(artifact.path)
-    name = f"torch {torch.__version__} {mode}"
-    if mode == "int8":
-        from torch.ao.quantization import quantize_dynamic
-
-        served.model = quantize_dynamic(served.model, {torch.nn.Linear}, dtype=torch.qint8)
-    elif mode == "compile":
-        served.compile(dynamic=True)
-    return torch_runtime(served, name)
-
-
-def _of_module(module: Callable) -> Run:
-    def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
-        with torch.inference_mode():
-            return module(**{name: torch.from_numpy(array) for name, array in inputs.items()}).numpy()
-
-    return run
+def import_library(format: str) -> ModuleType:
+    """Import what runs artifacts of this format. Raises ValueError where it is not installed."""
+    if format in _LIBRARIES:
+        return required(_LIBRARIES[format])
+    return importlib.import_module("fastkd.edge.torch_runtimes")
 
 
 def _onnxruntime(artifact: Artifact, threads: int) -> tuple[str, Run, tuple[str, ...]]:
@@ -129,37 +111,6 @@ def _openvino(artifact: Artifact, threads: int) -> tuple[str, Run, tuple[str, ..
 
     names = tuple(port.get_any_name() for port in model.inputs)
     return f"openvino {openvino.__version__.split('-')[0]}", run, names
-
-
-def _torch_export(artifact: Artifact, threads: int) -> tuple[str, Run, tuple[str, ...]]:
-    torch.set_num_threads(threads)
-    program = torch.export.load(artifact.path)
-    names = tuple(program.graph_signature.user_inputs)
-    module = program.module()
-    # It takes its inputs by place, in the order in which a Runtime hands them over.
-    return f"torch {torch.__version__} export", _of_module(lambda **inputs: module(*inputs.values())), names
-
-
-def _executorch(artifact: Artifact, threads: int) -> tuple[str, Run, tuple[str, ...]]:
-    runtime = required("executorch.runtime")
-    if artifact.manifest is None:
-        raise ValueError(f"{artifact.path} has no manifest: the order of its inputs is not known")
-    # A .pte file of the XNNPACK backend takes its threads from the process; Python cannot set them.
-    method = runtime.Runtime.get().load_program(artifact.path).load_method("forward")
-    names = tuple(artifact.manifest.inputs)
-
-    def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
-        return method.execute([torch.from_numpy(inputs[name]) for name in names])[0].numpy().copy()
-
-    return "executorch", run, names
-
-
-_LOADERS = {
-    "onnx": _onnxruntime,
-    "openvino": _openvino,
-    "torch-export": _torch_export,
-    "executorch": _executorch,
-}
 
 
 def _check_range(what: str, ids: np.ndarray, bound: int, of: str) -> None:

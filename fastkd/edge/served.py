@@ -11,7 +11,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from fastkd.recipes.sparse_embeddings import load_model
+from fastkd.models.loading import load_model
 
 TASKS = ("sequence-classification", "regression", "sentence-embedding")
 

@@ -9,7 +9,7 @@ from fastkd.edge.runtimes import Runtime
 # Of the largest number that torch gives. int8 rounds weights and activations; a graph that is wrong is off by more.
 BOUNDS = {"fp32": 1e-4, "int8": 0.25}
 _SHAPES = ((1, 1), (1, 16), (3, 33), (8, 9))
-_LONGEST = 512  # tokens, where a model has more positions: attention takes their square in memory
+LONGEST = 512  # tokens, where a model has more positions: attention takes their square in memory
 _TEXTS = 16
 
 
@@ -34,7 +34,7 @@ def token_batches(tokenizer, reference: Runtime, texts: list[str]) -> list[tuple
     draw = np.random.default_rng(0)
     padding = tokenizer.pad_token_id or 0
     known = np.array(sorted({id for id in tokenizer.get_vocab().values() if id < reference.vocabulary} - {padding}))
-    longest = min(reference.max_length or _LONGEST, _LONGEST)
+    longest = min(reference.max_length or LONGEST, LONGEST)
     found = []
     for batch, length in (*((batch, min(length, longest)) for batch, length in _SHAPES), (2, longest)):
         ids = draw.choice(known, (batch, length))

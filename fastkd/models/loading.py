@@ -16,10 +16,19 @@ def load_model(path: str | Path) -> PreTrainedModel:
         [name] = config.architectures or ["AutoModel"]
         if not hasattr(transformers, name):
             raise ValueError(f"its class {name} is not one of transformers")
-        return getattr(transformers, name).from_pretrained(path)
-    except (OSError, ValueError) as error:
+        lenient = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # transformers' own error names nothing
+        model, report = getattr(transformers, name).from_pretrained(path, **lenient)
+        for tensor, stored, needed in sorted(report["mismatched_keys"]):
+            raise ValueError(
+                f"{tensor} is {tuple(stored)} in {_file_of(tensor, path)}, and by config.json {tuple(needed)}"
+            )
+        return model
+    except (OSError, ValueError, *_UNREADABLE) as error:
         what = "the folder holds none that loads" if Path(path).is_dir() else "no such folder, and none on the hub"
-        raise ValueError(f"model={path} is no model: {what} ({str(error).splitlines()[0]})") from error
+        why = str(error).splitlines()[0]
+        if isinstance(error, _UNREADABLE):
+            why = _unreadable_file(path) or why
+        raise ValueError(f"model={path} is no model: {what} ({why})") from error
 
 
 def load_tokenizer(path: str | Path):

@@ -31,6 +31,7 @@ from fastkd.recipes.arc import evaluate
 from fastkd.recipes.output_folder import check_out, whole_folder
 from fastkd.recipes.sparse_embeddings_checkpoint import (
     bytes_on_disk,
+    copy_sentence_files,
     narrow,
     narrowed,
     round_table,
@@ -161,6 +162,7 @@ class CompressEmbeddings:
             found["file_bytes_before"] = bytes_on_disk(files)
             found["file_bytes_after"] = save_narrowed(compressed, folder, loaded)
             tokenizer.save_pretrained(folder)
+            copy_sentence_files(self.model, folder)
             if self.chooses:
                 rows = [asdict(each) | {"chosen": each is chosen} for each in candidates]
                 (folder / "sweep.json").write_text(json.dumps({"dense": asdict(original), "codes": rows}, indent=1))
@@ -247,4 +249,5 @@ def densify_folder(model: str | Path, out: str | Path, *, overwrite: bool = Fals
     with whole_folder(out) as folder:
         written = save_narrowed(dense, folder, loaded)
         tokenizer.save_pretrained(folder)
+        copy_sentence_files(model, folder)
     show_densified(before, after, bytes_on_disk(files), written, out)

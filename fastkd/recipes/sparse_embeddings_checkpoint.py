@@ -5,6 +5,7 @@ numbers that sixteen bits hold. A copy saved by `save_pretrained` alone would ta
 """
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -20,16 +21,10 @@ from fastkd.embeddings.module import SparseEmbedding
 
 def weight_files(model: str | Path) -> list[Path]:
     """The files that `from_pretrained` reads a model's weights from, all shards; none where it finds them elsewhere."""
-
-    def found(name: str) -> Path | None:
-        missing_is_fine = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-        path = cached_file(model, name, **missing_is_fine)
-        return None if path is None else Path(path)
-
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        file = found(name)
+        file = _found(model, name)
         if file is not None and file.suffix == ".json":
-            return [found(shard) for shard in sorted(set(json.loads(file.read_text())["weight_map"].values()))]
+            return [_found(model, shard) for shard in sorted(set(json.loads(file.read_text())["weight_map"].values()))]
         if file is not None:
             return [file]
     return []
@@ -81,3 +76,36 @@ def save_narrowed(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> i
     model.config.dtype = dtype  # save_pretrained has put that of the first tensor
     model.config.save_pretrained(folder)
     return bytes_on_disk(weight_files(folder))
+
+
+def copy_sentence_files(model: str | Path, folder: Path) -> None:
+    """Copy what makes a sentence-transformers model of an encoder: modules.json, its settings, and the files of every
+    module but the encoder itself, such as those of the pooling. Nothing where the model has no modules.json.
+
+    Raises ValueError for a model on the hub with a module whose files are not known.
+    """
+    listed = _found(model, "modules.json")
+    if listed is None:
+        return
+    names = ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"]
+    for module in json.loads(listed.read_text(encoding="utf-8")):
+        path = module["path"]
+        if not path:
+            continue
+        if Path(model).is_dir():
+            names += [str(file.relative_to(model)) for file in sorted(Path(model, path).rglob("*")) if file.is_file()]
+        elif module["type"].endswith((".Pooling", ".Normalize")):
+            names.append(f"{path}/config.json")
+        else:
+            raise ValueError(f"model={model}: download it first; modules.json names a {module['type']} in {path}")
+    for name in names:
+        file = _found(model, name)
+        if file is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
+
+
+def _found(model: str | Path, name: str) -> Path | None:
+    missing_is_fine = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    path = cached_file(model, name, **missing_is_fine)
+    return None if path is None else Path(path)

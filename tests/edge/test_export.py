@@ -28,6 +28,10 @@ ARTIFACTS = [
     ("roberta", "sparse", "openvino", True),
     ("bert", "sparse", "openvino", False),
     ("bert", "sparse", "torch", False),
+    ("electra", "sparse", "onnx", False),
+    ("mpnet", "int8", "onnx", False),
+    ("xlm-roberta", "residual", "onnx", True),
+    ("bert", "pq", "openvino", False),
 ]
 
 
@@ -74,8 +78,8 @@ def test_the_sparse_lookup_reads_by_gather_and_sums_by_matmul(exported):
 
 
 def test_an_onnx_file_holds_the_code_as_it_is_stored():
-    """At the size of a vocabulary; the exporter computes what is made of a thousand numbers or fewer itself."""
-    tokens, kept, atoms = 3000, 1200, 4
+    """At the size of a vocabulary; the exporter computes what is made of 8,192 numbers or fewer itself."""
+    tokens, kept, atoms = 20_000, 9_000, 4
     arrays = Arrays(
         slot=torch.randperm(tokens).to(torch.uint16),
         kept=torch.randn(kept, 16).half(),
@@ -131,3 +135,9 @@ def test_a_regression_head_gives_one_number(exported, ids_and_mask):
     artifact = exported("bert", num_labels=1)
     assert artifact.task == "regression" and artifact.manifest.labels is None
     assert load_runtime(artifact)(**ids_and_mask).shape == (2, 1)
+
+
+def test_the_weights_of_an_int8_openvino_file_belong_to_its_parts(exported):
+    artifact = exported("roberta", "sparse", "openvino", True)
+    graph = artifact.path.stat().st_size
+    assert artifact.bytes_by_part()["other"] < graph + 2000, "of 28 kB of weights"

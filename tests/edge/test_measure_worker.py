@@ -1,6 +1,8 @@
 """The worker inside this process, on a tiny model: texts of exact length, turns, outputs in the examples' order."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import psutil
@@ -9,6 +11,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from fastkd.data import train_wordpiece
+from fastkd.edge import measure as measuring
+from fastkd.edge import open_artifact
 from fastkd.edge.measure_texts import PROSE, encode, texts_of_length
 from fastkd.edge.measure_worker import Measured, peak_memory, said, serve
 
@@ -55,12 +59,12 @@ def test_pairs_are_encoded_as_pairs(tokenizer):
 
 
 def test_a_turn_gives_times_of_calls_and_of_tokenising(job):
-    answer = Measured(job).time(2, 8)
+    answer = Measured(job, open_artifact(job["path"])).time(2, 8)
     assert 2 <= len(answer["ms"]) <= 20 and min(answer["ms"]) > 0 < answer["tokenize_ms"]
 
 
 def test_outputs_come_in_the_examples_order_whatever_their_length(job, tmp_path):
-    measured = Measured(job)
+    measured = Measured(job, open_artifact(job["path"]))
     texts = [" ".join(PROSE[0].split()[: 1 + row % 9]) for row in range(70)]
     measured.predict(str(tmp_path / "out.npy"), [texts], max_length=16)
     outputs = np.load(tmp_path / "out.npy")
@@ -98,3 +102,19 @@ def test_peak_memory_is_no_less_than_what_is_held_and_stays():
 )
 def test_an_error_is_said_in_one_line(error, line):
     assert said(error) == line
+
+
+@pytest.mark.parametrize(("to", "library"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_the_process_of_an_exported_file_loads_neither_torch_nor_what_trains(to, library, exported, tmp_path):
+    job = {"path": str(exported("bert", "sparse", to).path), "mode": None, "threads": 1, "lengths": [8], "started": 0}
+    (tmp_path / "job.json").write_text(json.dumps(job | {"texts": list(PROSE)}))
+    requests = '{"do": "time", "batch": 1, "length": 8}\n'
+    command = [sys.executable, "-X", "importtime", "-P", measuring._WITHOUT_TORCH, tmp_path / "job.json"]
+    run = subprocess.run(command, input=requests, capture_output=True, text=True)
+    first, timed = map(json.loads, run.stdout.splitlines())
+    assert first["runtime"].startswith(library) and timed["ms"]
+    loaded = {line.split("|")[-1].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
+    packages = {name.split(".")[0] for name in loaded}
+    assert {library, "tokenizers", "transformers"} <= packages
+    assert not packages & {"torch", "datasets", "sklearn", "scipy", "pandas", "accelerate"}
+    assert not any(name.startswith(("transformers.models", "transformers.trainer")) for name in loaded)

@@ -1,5 +1,7 @@
 """The formats and the files of a checkpoint, and that a copy of it keeps to them without changing a number."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -7,6 +9,7 @@ from safetensors.torch import load_file
 
 from fastkd.recipes.sparse_embeddings_checkpoint import (
     bytes_on_disk,
+    copy_sentence_files,
     narrow,
     narrowed,
     round_table,
@@ -97,3 +100,24 @@ def test_a_table_is_rounded_unless_a_number_overflows(model):
         table[3, 4], table[3, 5] = 1.0001, 1e6
     round_table(model, fp16)
     assert table[3, 5] == 1e6 and table[3, 4] != 1
+
+
+def test_the_files_of_a_sentence_transformers_model_are_copied(tmp_path):
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    (source / "1_Pooling").mkdir(parents=True)
+    copy.mkdir()
+    (source / "1_Pooling/config.json").write_text('{"pooling_mode": "cls"}')
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "model.safetensors").write_text("weights")
+    copy_sentence_files(source, copy)
+    copied = {file.relative_to(copy).as_posix() for file in copy.rglob("*") if file.is_file()}
+    assert copied == {"modules.json", "1_Pooling/config.json"}
+
+
+def test_a_model_without_modules_has_nothing_copied(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "copy").mkdir()
+    copy_sentence_files(tmp_path / "source", tmp_path / "copy")
+    assert not list((tmp_path / "copy").iterdir())
