@@ -61,7 +61,7 @@ class SparseCode:
                 frequent ones, of equal counts the smaller id. Rounded down, so that the code is never larger than
                 asked.
             atoms: k, kept rows per coded row; 0 (with `residual_bytes`) quantises the coded rows as they are.
-            special_ids: tokens that keep their row whatever their count (`tokenizer.all_special_ids`).
+            special_ids: tokens that keep their row whatever their count (`tokenizer.all_special_ids`), or a tensor.
             rows: format of kept rows; int8 has one fp32 scale per row. The solve runs against the rows as stored.
             weights: format of the k weights; int8 has one fp16 scale per row. They sum to one after rounding as well.
             residual_bytes: m > 0 adds to each coded row what the atoms leave of it, product-quantised to m bytes
@@ -73,10 +73,11 @@ class SparseCode:
                 word pieces (`fastkd.embeddings.continuations`).
             ridge: lambda of the solve, relative to the mean squared distance of the atoms.
 
-        Raises ValueError before any work on: a `weight` that is no finite matrix, counts of another length or below
-        zero, `keep` outside (0, 1], fewer kept rows than special ones or than `atoms` (of each type), more atoms than
-        the table is wide, a special id outside the table, an unknown format, a `residual_bytes` that does not divide
-        D, a `mean_atoms` outside [1, atoms]; and on values too large for fp16 where that is the format.
+        Raises TypeError before any work on an argument of another type, and ValueError on: a `weight` that is no finite
+        matrix, counts of another length, below zero or infinite, `keep` outside (0, 1], fewer kept rows than special
+        ones or than `atoms` (of each type), more atoms than the table is wide, a special id outside the table, an
+        unknown format, a `residual_bytes` that does not divide D, a `mean_atoms` outside [1, atoms]; and on values too
+        large for fp16 where that is the format.
         """
         from fastkd.embeddings.fit import fit  # which imports this file
 
@@ -127,8 +128,13 @@ class SparseCode:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with the arrays under their names; a file of that name is replaced once the new one
-        is complete. Raises ValueError, before anything is written, where the arrays do not fit together."""
+        is complete. Raises ValueError, before anything is written, where the arrays do not fit together, and where
+        `path` is a folder or lies in one that does not exist."""
         self.validate()
+        if Path(path).is_dir():
+            raise ValueError(f"path={path} is a folder; name a file")
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"path={path}: there is no folder {Path(path).parent}")
         tensors = {
             name: array.detach().cpu().contiguous()
             for name, array in self.arrays._asdict().items()

@@ -8,7 +8,9 @@ neighbours are equal or affinely dependent. Weights may be negative.
 """
 
 import math
+import operator
 from collections.abc import Iterable, Iterator
+from numbers import Real
 
 import torch
 from huggingface_hub.utils import tqdm  # silent where transformers' and datasets' progress bars are
@@ -43,9 +45,20 @@ def fit(
     check_table(weight)
     weight = weight.detach()
     vocabulary, width = weight.shape
-    check_residual_bytes(residual_bytes, width)
-    _check_options(atoms, 0 if residual_bytes else 1, width, mean_atoms, rows, weights, ridge)
-    order, num_kept = rank_tokens(counts, vocabulary, keep, special_ids)
+    special = _special_rows(special_ids, vocabulary)
+    check_settings(
+        vocabulary,
+        width,
+        special,
+        keep=keep,
+        atoms=atoms,
+        rows=rows,
+        weights=weights,
+        residual_bytes=residual_bytes,
+        mean_atoms=mean_atoms,
+        ridge=ridge,
+    )
+    order, num_kept = rank_tokens(counts, vocabulary, keep, special)
     order = order.to(weight.device)
     tokens = order[num_kept:]
     groups = _groups(types, order, num_kept, atoms)
@@ -76,7 +89,9 @@ def fit(
 
 
 def check_table(weight: Tensor) -> None:
-    """Raise a ValueError unless `weight` is a finite floating-point matrix."""
+    """Raise a TypeError or ValueError unless `weight` is a tensor, a finite floating-point matrix."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is a {type(weight).__name__}; a torch tensor (V, D) is needed")
     if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
         raise ValueError(f"weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; (V, D) floating is needed")
     bad = [start + i for start, part in _parts(weight) for i in (~part.isfinite().all(1)).nonzero()[:1, 0].tolist()]
@@ -89,34 +104,45 @@ def rank_tokens(counts: Tensor, vocabulary: int, keep: float, special_ids: Itera
 
     Frequent rows stand side by side, which lookups of real text like. Errors as in `SparseCode.fit`.
     """
-    counts, special = torch.as_tensor(counts), sorted(set(special_ids))
+    try:
+        counts = torch.as_tensor(counts)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"counts is a {type(counts).__name__}; a tensor (V,) of one count per row is needed") from error
     if counts.shape != (vocabulary,):
         raise ValueError(
             f"counts has shape {tuple(counts.shape)}, the table has {vocabulary} rows: one count per row is needed"
         )
-    if not (counts >= 0).all():
-        raise ValueError("counts holds negative values or NaN")
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep={keep}; the kept fraction must lie in (0, 1]")
-    outside = [token for token in special if not 0 <= token < vocabulary]
-    if outside:
-        raise ValueError(f"special_ids holds {outside[0]}, which is no row of a table of {vocabulary}")
-    num_kept = math.floor(keep * vocabulary + 1e-9)  # 0.29 * 100 is 28.999...
-    if num_kept < max(1, len(special)):
-        raise ValueError(
-            f"keep={keep} of {vocabulary} rows is {num_kept}, with {len(special)} special tokens to keep; the least is "
-            f"{max(1, len(special)) / vocabulary:.4g}"
-        )
+    if not ((counts >= 0) & counts.isfinite()).all():
+        raise ValueError("counts holds negative values, infinite ones or NaN")
+    special = _special_rows(special_ids, vocabulary)
+    num_kept = _checked_rows_kept(keep, vocabulary, special)
     order = counts.argsort(descending=True, stable=True)
     is_special = torch.zeros(vocabulary, dtype=torch.bool, device=counts.device)
     is_special[special] = True
     return order[is_special[order].argsort(descending=True, stable=True)], num_kept
 
 
-def _check_options(
-    atoms: int, least: int, width: int, mean_atoms: float | None, rows: str, weights: str, ridge: float
+def check_settings(
+    vocabulary: int,
+    width: int,
+    special_ids: Iterable[int],
+    *,
+    keep: float,
+    atoms: int,
+    rows: str,
+    weights: str,
+    residual_bytes: int = 0,
+    mean_atoms: float | None = None,
+    ridge: float = 1e-3,
 ) -> None:
-    if not isinstance(atoms, int) or not least <= atoms <= width:
+    """Raise what `SparseCode.fit` raises on these arguments for a table of V rows of `width`, before it is counted."""
+    _check_number("atoms", atoms, int)
+    _check_number("residual_bytes", residual_bytes, int)
+    _check_number("mean_atoms", 1 if mean_atoms is None else mean_atoms)
+    _check_number("ridge", ridge)
+    check_residual_bytes(residual_bytes, width)
+    least = 0 if residual_bytes else 1
+    if not least <= atoms <= width:
         raise ValueError(f"atoms={atoms}; allowed are {least} to {width}, the width of the table")
     if mean_atoms is not None and not 1 <= mean_atoms <= atoms:
         raise ValueError(f"mean_atoms={mean_atoms}; it must lie between 1 and atoms={atoms}")
@@ -125,6 +151,45 @@ def _check_options(
             raise ValueError(f"{name}={given!r}; allowed are {', '.join(FORMATS)}")
     if not 0 <= ridge < math.inf:
         raise ValueError(f"ridge={ridge}; it must be finite and not negative")
+    num_kept = _checked_rows_kept(keep, vocabulary, _special_rows(special_ids, vocabulary))
+    if num_kept < atoms:
+        raise ValueError(f"atoms={atoms}, but only {num_kept} rows are kept")
+
+
+def rows_kept(keep: float, vocabulary: int) -> int:
+    """M, how many rows of `vocabulary` are kept."""
+    return math.floor(keep * vocabulary + 1e-9)  # 0.29 * 100 is 28.999...
+
+
+def _checked_rows_kept(keep: float, vocabulary: int, special: list[int]) -> int:
+    _check_number("keep", keep)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep={keep}; the kept fraction must lie in (0, 1]")
+    num_kept = rows_kept(keep, vocabulary)
+    if num_kept < max(1, len(special)):
+        raise ValueError(
+            f"keep={keep} of {vocabulary} rows is {num_kept}, with {len(special)} special tokens to keep; the least is "
+            f"{max(1, len(special)) / vocabulary:.4g}"
+        )
+    return num_kept
+
+
+def _check_number(name: str, given: object, kind: type = Real) -> None:
+    if isinstance(given, bool) or not isinstance(given, kind):
+        raise TypeError(f"{name}={given!r}; a {'whole number' if kind is int else 'number'} is needed")
+
+
+def _special_rows(special_ids: Iterable[int], vocabulary: int) -> list[int]:
+    """Each special token once, in ascending order."""
+    try:
+        given = special_ids.tolist() if isinstance(special_ids, Tensor) else special_ids
+        special = sorted({operator.index(token) for token in given})
+    except TypeError as error:
+        raise TypeError(f"special_ids={special_ids!r}; a list or (n,) tensor of token ids is needed") from error
+    outside = [token for token in special if not 0 <= token < vocabulary]
+    if outside:
+        raise ValueError(f"special_ids holds {outside[0]}, which is no row of a table of {vocabulary}")
+    return special
 
 
 def _groups(types: Tensor | None, order: Tensor, num_kept: int, atoms: int) -> list[tuple[Tensor, Tensor]]:
@@ -137,11 +202,8 @@ def _groups(types: Tensor | None, order: Tensor, num_kept: int, atoms: int) -> l
     for kind in coded_types.unique():
         candidates = (kept_types == kind).nonzero()[:, 0]
         if len(candidates) < atoms:
-            which = f" of type {kind.item()}" if len(types.unique()) > 1 else ""
-            raise ValueError(f"atoms={atoms}, but only {len(candidates)} rows{which} are kept")
+            raise ValueError(f"atoms={atoms}, but only {len(candidates)} rows of type {kind.item()} are kept")
         groups.append((candidates, (coded_types == kind).nonzero()[:, 0]))
-    if num_kept < atoms:  # also where no row is coded
-        raise ValueError(f"atoms={atoms}, but only {num_kept} rows are kept")
     return groups
 
 

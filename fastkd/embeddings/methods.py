@@ -4,6 +4,8 @@ import itertools
 
 import torch
 
+from fastkd.embeddings.fit import index_dtype, rows_kept
+
 # What is tried. A residual is given by the numbers that share one of its bytes.
 _KEEPS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 _ATOMS = {"sparse": (4, 8, 16), "residual": (4, 8), "pq": (0,)}
@@ -61,7 +63,9 @@ def settings_to_try(
     """A grid over kept share, atoms, residual and storage, without what a table of `vocabulary` rows of `width`, of
     which `special` must be kept, has no room for. Given formats are not varied.
 
-    nbytes: without settings whose kept rows alone are larger, which saves the fits that take longest.
+    nbytes: a budget; without settings whose code is larger, which saves the fits that take longest.
+
+    Raises ValueError where nothing is left, with the least budget that leaves something.
     """
     grid = itertools.product(_KEEPS, _ATOMS[method], _NUMBERS_PER_BYTE[method], _STORAGE)
     tried = [
@@ -75,14 +79,29 @@ def settings_to_try(
             weights=weights or both[1],
         )
         for keep, atoms, numbers, both in grid
-        if max(atoms, special, 1) <= int(keep * vocabulary) < vocabulary and atoms <= width
+        if max(atoms, special, 1) <= rows_kept(keep, vocabulary) < vocabulary and atoms <= width
     ]
-    return [
-        each
-        for place, each in enumerate(tried)
-        if each not in tried[:place] and (nbytes is None or _kept_bytes(each, vocabulary, width) <= nbytes)
-    ]
+    tried = [each for place, each in enumerate(tried) if each not in tried[:place]]
+    if not tried:
+        raise ValueError(
+            f"method={method}: nothing to choose from for a table of {vocabulary} rows of {width}, of which {special} "
+            "must be kept"
+        )
+    fitting = [each for each in tried if nbytes is None or code_bytes(each, vocabulary, width) <= nbytes]
+    if not fitting:
+        least = min(code_bytes(each, vocabulary, width) for each in tried)
+        raise ValueError(
+            f"budget={nbytes:,} bytes is too small for this table; the least for {method} is {least:,} bytes"
+        )
+    return fitting
 
 
-def _kept_bytes(setting: dict, vocabulary: int, width: int) -> int:
-    return int(setting["keep"] * vocabulary) * width * getattr(torch, setting["rows"]).itemsize
+def code_bytes(setting: dict, vocabulary: int, width: int) -> int:
+    """`SparseCode.nbytes` of what a setting makes of a table of `vocabulary` rows of `width`, before it is fitted."""
+    rows, weights = setting["rows"], setting["weights"]
+    kept, atoms, residual = rows_kept(setting["keep"], vocabulary), setting["atoms"], setting["residual_bytes"]
+    per_kept = width * getattr(torch, rows).itemsize + (4 if rows == "int8" else 0)
+    per_coded = atoms * (index_dtype(kept).itemsize + getattr(torch, weights).itemsize) + residual
+    per_coded += 2 if atoms and weights == "int8" else 0
+    codebook = 2 * 256 * width if residual else 0
+    return vocabulary * index_dtype(vocabulary).itemsize + kept * per_kept + (vocabulary - kept) * per_coded + codebook

@@ -44,7 +44,11 @@ class SparseEmbedding(nn.Module):
         trainable: bool = False,
     ):
         super().__init__()
-        arrays = code if isinstance(code, Arrays) else code.arrays
+        arrays = code if isinstance(code, Arrays) else getattr(code, "arrays", None)
+        if arrays is None:
+            raise TypeError(
+                f"code is a {type(code).__name__}; a fastkd.SparseCode is needed, such as SparseCode.fit gives"
+            )
         check_layout(arrays)
         self.num_embeddings, self.embedding_dim = len(arrays.slot), arrays.kept.shape[1]
         if padding_idx is not None and not -self.num_embeddings <= padding_idx < self.num_embeddings:

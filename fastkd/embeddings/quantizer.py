@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -20,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastkd.embeddings.code import check_arrays
 from fastkd.embeddings.input_embedding import input_embedding
-from fastkd.embeddings.module import SparseEmbedding
+from fastkd.embeddings.module import STATE_NAMES, SparseEmbedding
 from fastkd.ops.sparse_arrays import Arrays
 
 if TYPE_CHECKING:
@@ -140,9 +142,10 @@ class SparseEmbeddingQuantizer(HfQuantizer):
                 "fastkd.embeddings.compress_embeddings(model, code), or use `fastkd compress-embeddings`"
             )
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs) -> None:
         dense = input_embedding(model)
         room = self.quantization_config.room_for(dense.num_embeddings, dense.embedding_dim)
+        _check_stored(room, checkpoint_files or [], _source(model))
         sparse = SparseEmbedding(room, padding_idx=dense.padding_idx, dtype=dense.weight.dtype)
         model.set_input_embeddings(sparse)
 
@@ -225,6 +228,33 @@ def _refuse_to_resize(*args, **kwargs):
         "resize_token_embeddings: the input embedding is sparse-coded and has no place for other tokens; resize "
         "fastkd.embeddings.densify(model), and compress that again"
     )
+
+
+def _check_stored(room: Arrays, files: list[str], source: str) -> None:
+    """Raise a ValueError where a file holds a coded array in another shape or format than config.json says:
+    transformers would cast it to the format of the room that was made for it, and say nothing."""
+    from transformers.modeling_utils import load_state_dict  # not there yet when this file is imported
+
+    headers = {}
+    for file in files:
+        try:
+            headers |= {name: (file, array) for name, array in load_state_dict(file, map_location="meta").items()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{source}: {Path(file).name} is no safetensors file, or not all of one: {error}"
+            ) from error
+    code = next((name.removesuffix("slot") for name in headers if name.endswith(".slot")), None)
+    for field, wanted in room._asdict().items():
+        name = STATE_NAMES[field]
+        file, stored = headers.get(f"{code}{name}", (None, None))
+        if wanted is None or stored is None:
+            continue
+        formats = ["uint16", "int32"] if wanted.dtype == torch.int32 else [_name(wanted)]
+        if stored.shape != wanted.shape or _name(stored) not in formats:
+            raise ValueError(
+                f"{source}: by config.json {name} of the coded input embedding is {tuple(wanted.shape)} "
+                f"{' or '.join(formats)}; {Path(file).name} holds {tuple(stored.shape)} {_name(stored)}"
+            )
 
 
 def _source(model: PreTrainedModel) -> str:

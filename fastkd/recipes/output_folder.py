@@ -2,14 +2,15 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def check_out(out: str | Path, overwrite: bool, source: str | Path) -> None:
-    """Raise a ValueError where `out` is a file, holds something and `overwrite` is not set, or has to do with `source`,
-    which is only read."""
+    """A ValueError where `out` is a file, cannot be written, holds something and `overwrite` is not set, or has to
+    do with `source`, which is only read."""
     folder = Path(out).expanduser().resolve()
     if Path(source).expanduser().exists():
         read = Path(source).expanduser().resolve()
@@ -21,6 +22,20 @@ def check_out(out: str | Path, overwrite: bool, source: str | Path) -> None:
         raise ValueError(f"out={out} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"out={out} is not empty; name another folder, or overwrite it (--overwrite)")
+    check_place("out", out)
+
+
+def check_place(name: str, path: str | Path) -> None:
+    """Raise a ValueError that names the argument `name` unless something can be written to `path`, with the folders
+    above it that are missing. Nothing stays behind."""
+    place = Path(path).expanduser().resolve().parent
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".fastkd-", dir=place):  # what os.access says of root is not so
+            pass
+    except OSError as error:
+        raise ValueError(f"{name}={path} cannot be written: {place} takes no files ({error.strerror})") from error
 
 
 @contextmanager

@@ -24,11 +24,12 @@ from fastkd.embeddings.budget import (
 from fastkd.embeddings.code import SparseCode
 from fastkd.embeddings.compress import compress_embeddings, densify
 from fastkd.embeddings.counts import count_tokens, load_counts, save_counts
+from fastkd.embeddings.fit import check_settings, check_table
 from fastkd.embeddings.input_embedding import input_embedding
 from fastkd.embeddings.methods import METHODS, setting, settings_to_try
 from fastkd.models.loading import load_model, load_tokenizer
 from fastkd.recipes.arc import evaluate
-from fastkd.recipes.output_folder import check_out, whole_folder
+from fastkd.recipes.output_folder import check_out, check_place, whole_folder
 from fastkd.recipes.sparse_embeddings_checkpoint import (
     bytes_on_disk,
     copy_sentence_files,
@@ -109,6 +110,8 @@ class CompressEmbeddings:
         if not 0 < keep < 1:
             raise ValueError(f"keep={keep}; the share of rows kept whole lies between 0 and 1, where 1 codes nothing")
         check_out(self.out, self.overwrite, self.model)
+        if self.save_counts is not None:
+            self._check_save_counts()
 
     @property
     def chooses(self) -> bool:
@@ -122,16 +125,17 @@ class CompressEmbeddings:
         dense = input_embedding(model)
         check_vocabulary(tokenizer, model=model)
         check_max_length(self.max_length, tokenizer)
+        table = dense.weight.detach()  # on the CPU, where scoring may take the model elsewhere
+        special_ids = tokenizer.all_special_ids
+        settings = self._settings(table, special_ids)
         task = self._task(model)
         counts = self._counts(tokenizer, task, dense.num_embeddings)
-        table = dense.weight.detach()  # on the CPU, where scoring may take the model elsewhere
         score = None if task is None else scorer(task, tokenizer, self.max_length)
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
         def fit(**setting) -> SparseCode:
-            special = tokenizer.all_special_ids
-            return SparseCode.fit(table.to(device), counts.to(device), special_ids=special, **setting).to("cpu")
+            return SparseCode.fit(table.to(device), counts.to(device), special_ids=special_ids, **setting).to("cpu")
 
         def quality(code: SparseCode) -> float:
             if score is None:
@@ -140,18 +144,11 @@ class CompressEmbeddings:
 
         original = Candidate({}, narrowed(table, stored).nbytes, 0.0 if score is None else score(model))
         if self.chooses:
-            special = len(set(tokenizer.all_special_ids))
-            grid = settings_to_try(self.method, *table.shape, special, **self._formats(), nbytes=self.budget)
-            if not grid:
-                raise ValueError(
-                    f"budget={self.budget:,} bytes is too small for this table of {original.nbytes:,} bytes"
-                )
-            candidates = sweep(grid, fit, quality)
+            candidates = sweep(settings, fit, quality)
             chosen = self._chosen(candidates, original)
             code = fit(**chosen.setting)
         else:
-            given = {name: value for name in ("keep", "atoms") if (value := getattr(self, name)) is not None}
-            code = fit(**setting(self.method, table.shape[1], **given, **self._formats()))
+            code = fit(**settings[0])
         compressed = compress_embeddings(model, code)
         scores = {}
         if score is not None:
@@ -173,6 +170,25 @@ class CompressEmbeddings:
         show(found, self.out)
         return found
 
+    def _check_save_counts(self) -> None:
+        file, out = (Path(path).expanduser().resolve() for path in (self.save_counts, self.out))
+        if file.is_dir():
+            raise ValueError(f"save_counts={self.save_counts} is a folder; name a file")
+        if out in (file, *file.parents):
+            raise ValueError(f"save_counts={self.save_counts} lies in out={self.out}, which is written as a whole")
+        check_place("save_counts", self.save_counts)
+
+    def _settings(self, table: Tensor, special_ids: list[int]) -> list[dict]:
+        """What is fitted, one setting or all to choose from; a ValueError where the table has no room for it."""
+        check_table(table)
+        if self.chooses:
+            special = len(set(special_ids))
+            return settings_to_try(self.method, *table.shape, special, **self._formats(), nbytes=self.budget)
+        given = {name: value for name in ("keep", "atoms") if (value := getattr(self, name)) is not None}
+        one = setting(self.method, table.shape[1], **given, **self._formats())
+        check_settings(*table.shape, special_ids, **one)
+        return [one]
+
     def _formats(self) -> dict[str, str]:
         return {name: FORMATS[given] for name in ("rows", "weights") if (given := getattr(self, name)) is not None}
 
@@ -187,7 +203,7 @@ class CompressEmbeddings:
         """(V,) how often each token occurs: by the saved counts, in the text, in the task unless counts are given."""
         counted = []
         if self.counts is not None:
-            counted.append(load_counts(self.counts, tokenizer, num_embeddings=vocabulary))
+            counted.append(load_counts(Path(self.counts).expanduser(), tokenizer, num_embeddings=vocabulary))
         count = partial(count_tokens, tokenizer=tokenizer, max_length=self.max_length, num_embeddings=vocabulary)
         if self.text:
             counted.append(count(load_corpus(self.text, text_column=self.text_column)))
@@ -195,7 +211,9 @@ class CompressEmbeddings:
             counted.append(count(task.train, text_columns=task.text_columns))
         counts = sum(counted)
         if self.save_counts is not None:
-            save_counts(self.save_counts, counts, tokenizer)
+            file = Path(self.save_counts).expanduser()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_counts(file, counts, tokenizer)
         return counts
 
     def _chosen(self, candidates: list[Candidate], original: Candidate) -> Candidate:
@@ -214,17 +232,21 @@ def parse_bytes(size: str | int) -> int:
 
 
 def check_labels(model: PreTrainedModel, task: Task) -> None:
-    """Raise a ValueError unless the model's head gives what the task's labels ask for, in their order."""
+    """Raise a ValueError unless the model's head gives what the task's labels ask for, in their order. Names such as
+    LABEL_0, which transformers gives where nobody has, pass for any."""
     kind, labels = type(model).__name__, model.config.num_labels
     if not kind.endswith("ForSequenceClassification"):
         raise ValueError(f"task={task.name} scores a sequence classifier; the model is a {kind}")
     if labels != task.num_labels:
         raise ValueError(f"task={task.name} has {task.num_labels} labels, the model's head gives {labels}")
     named = [str(model.config.id2label[label]).lower() for label in range(labels)]
-    if sorted(named) == sorted(task.label_names) and named != list(task.label_names):
-        raise ValueError(
-            f"task={task.name} orders its labels {', '.join(task.label_names)}, the model {', '.join(named)}"
-        )
+    if task.regression or all(re.fullmatch(r"(label_)?\d+", name) for name in named):
+        return
+    wanted = ", ".join(task.label_names)
+    if sorted(named) != sorted(task.label_names):
+        raise ValueError(f"task={task.name} has the labels {wanted}, the model's head {', '.join(named)}")
+    if named != list(task.label_names):
+        raise ValueError(f"task={task.name} orders its labels {wanted}, the model {', '.join(named)}")
 
 
 def scorer(task: Task, tokenizer, max_length: int) -> Callable[[PreTrainedModel], float]:

@@ -138,9 +138,9 @@ def test_a_checkpoint_stored_in_fp16_stays_so_and_computes_in_fp32(model, data, 
 
 
 def test_counts_are_kept_and_used_again(compress, model):
-    assert compress("--keep", "0.2", "--save-counts", "counts") == 0
+    assert compress("--keep", "0.2", "--save-counts", "new/counts") == 0
     first = load().state_dict()
-    assert compress("--keep", "0.2", "--counts", "counts", "--overwrite", text=False) == 0
+    assert compress("--keep", "0.2", "--counts", "new/counts", "--overwrite", text=False) == 0
     assert all(torch.equal(tensor, first[name]) for name, tensor in load().state_dict().items())
 
 
@@ -152,7 +152,7 @@ def test_a_budget_takes_the_best_code_that_fits(compress, capsys):
     [chosen] = [code for code in swept["codes"] if code["chosen"]]
     fitting = [code for code in swept["codes"] if code["nbytes"] <= 8000]
     assert chosen["quality"] == max(code["quality"] for code in fitting)
-    assert len(fitting) < len(swept["codes"]), "some are too large"
+    assert fitting == swept["codes"], "none that is too large is tried"
     assert sum(array.nbytes for array in load().get_input_embeddings().buffers()) == chosen["nbytes"]
     assert open("small/sweep.png", "rb").read(4) == b"\x89PNG"
 
@@ -180,14 +180,16 @@ def test_a_task_scores_a_single_code_as_well(compress, data, capsys):
     [
         (["--keep", "1"], "keep=1.0; the share of rows kept whole lies between 0 and 1"),
         (["--keep", "nan"], "keep=nan"),
-        (["--keep", "0.03", "--atoms", "16"], "atoms"),
-        (["--keep", "0.9", "--atoms", "33"], "atoms"),
+        (["--keep", "0.08", "--atoms", "17"], "atoms=17, but only 16 rows are kept"),
+        (["--keep", "0.9", "--atoms", "33"], "atoms=33; allowed are 1 to 32, the width of the table"),
+        (["--keep", "0.00001"], "keep=1e-05 of 200 rows is 0, with 5 special tokens to keep; the least is 0.025"),
+        (["--save-counts", "."], "save_counts=. is a folder; name a file"),
+        (["--save-counts", "small/counts"], "save_counts=small/counts lies in out=small"),
         (["--text-column", "text"], "has no column 'text' (text_column); it has 'sentence', 'label'"),
         (["--budget", "12 parsecs"], "budget='12 parsecs': bytes are needed, such as 12MB"),
         (["--budget", "1MB", "--max-drop", "1"], "budget and max_drop: give one of them"),
         (["--budget", "1MB", "--keep", "0.1"], "keep and atoms are chosen where budget"),
-        (["--budget", "10"], "budget=10 bytes is too small for this table of 25,600 bytes"),
-        (["--budget", "700"], "budget=700 bytes: the smallest code tried has"),
+        (["--budget", "10"], "budget=10 bytes is too small for this table; the least for sparse is 3,420 bytes"),
         (["--max-drop", "0.5"], "Name a task (--eval)"),
         (["--max-drop", "-1", "--eval", "sst2"], "max_drop=-1.0"),
         (["--method", "pq", "--atoms", "4"], "atoms=4: in product quantisation"),
@@ -201,6 +203,30 @@ def test_a_mistake_is_named_and_nothing_is_written(compress, words, message, cap
     said = capsys.readouterr().err.splitlines()[-1]
     assert message in said and said.startswith("fastkd compress-embeddings: ")
     assert not os.listdir()
+
+
+@pytest.mark.parametrize(
+    "words", [["--keep", "0.00001"], ["--atoms", "1000"], ["--rows", "fp16", "--budget", "9B"], ["--eval", "mrpc"]]
+)
+def test_a_mistake_is_found_before_tokens_are_counted(compress, data, words, monkeypatch):
+    def counted(*args, **kwargs):
+        raise AssertionError("counted")
+
+    monkeypatch.setattr("fastkd.recipes.sparse_embeddings.count_tokens", counted)
+    assert compress(*words, "--data", data) == 2
+
+
+@pytest.mark.parametrize("flag", ["--out", "--save-counts"])
+def test_a_place_that_cannot_be_written_is_named_before_the_model_is_loaded(compress, tmp_path, flag, capsys):
+    (tmp_path / "file").touch()
+    assert compress(flag, "file/below/new") == 2
+    name = flag[2:].replace("-", "_")
+    assert f"{name}=file/below/new cannot be written: {tmp_path / 'file'} takes no files" in capsys.readouterr().err
+
+
+def test_the_least_budget_that_is_named_works(compress, capsys):
+    assert compress("--budget", "10") == 2
+    assert compress("--budget", capsys.readouterr().err.split()[-2].replace(",", "")) == 0
 
 
 def test_no_text_at_all_is_a_mistake(compress, capsys):
@@ -276,6 +302,54 @@ def test_a_task_with_the_same_labels_in_another_order_is_refused(model, data, tm
     words = ["--max-length", "32", "--eval", "sst2", "--data", str(data), "--out", "small"]
     assert main(["compress-embeddings", str(flipped), *words]) == 2
     assert "orders its labels negative, positive, the model positive, negative" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A folder with MRPC's columns."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for split in ("train", "validation"):
+        words = [f"{chr(97 + row)} b" for row in range(26)]
+        frame = pd.DataFrame({"sentence1": words, "sentence2": [f"c {word}" for word in words], "label": [0, 1] * 13})
+        frame.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def test_a_task_with_other_labels_is_refused(model, pairs, capsys):
+    words = ["--max-length", "32", "--eval", "mrpc", "--data", str(pairs), "--out", "small"]
+    assert main(["compress-embeddings", str(model), *words]) == 2
+    said = capsys.readouterr().err
+    assert "task=mrpc has the labels not_equivalent, equivalent, the model's head negative, positive" in said
+
+
+def test_labels_without_a_name_pass_for_any(model, pairs, tmp_path):
+    labels = {"id2label": {0: "LABEL_0", 1: "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    nameless = changed(model, tmp_path / "nameless", **labels)
+    words = ["--max-length", "32", "--keep", "0.2", "--eval", "mrpc", "--data", str(pairs), "--out", "small"]
+    assert main(["compress-embeddings", str(nameless), *words]) == 0
+
+
+def test_the_data_of_another_task_is_refused(compress, data, pairs, capsys):
+    assert compress("--eval", "mrpc", "--data", data) == 2
+    assert "mrpc train lacks the columns sentence1, sentence2; it has sentence, label" in capsys.readouterr().err
+    assert compress("--eval", "cola", "--data", pairs) == 2
+    assert "cola train lacks the column sentence; it has sentence1, sentence2, label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_damaged_checkpoint_is_named_in_one_line(compress, model, tmp_path, dense, capsys):
+    assert compress("--keep", "0.2") == 0
+    for what in ("cut", "classifier"):
+        damaged = changed(model if dense else tmp_path / "small", tmp_path / what)
+        file = damaged / "model.safetensors"
+        if what == "cut":
+            file.write_bytes(file.read_bytes()[:-1])
+        else:
+            save_file(load_file(file) | {"classifier.weight": torch.zeros(3, 32)}, file, {"format": "pt"})
+        assert main(["densify", str(damaged), "--out", "dense"]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"fastkd densify: model={damaged} is no model: ") and "model.safetensors" in said
+        assert what == "cut" or ("classifier.weight has shape (3, 32)" in said and "(2, 32) by config.json" in said)
 
 
 def test_a_tied_head_and_a_compressed_model_are_refused(compress, model, data, tmp_path, capsys):

@@ -38,6 +38,14 @@ def test_saving_replaces_a_file_and_leaves_no_other(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["code.safetensors"]
 
 
+def test_a_file_is_not_saved_over_a_folder_or_below_a_missing_one(tmp_path):
+    with pytest.raises(ValueError, match=r"path=.* is a folder; name a file"):
+        fit().save(tmp_path)
+    with pytest.raises(ValueError, match=r"path=.*code: there is no folder .*absent"):
+        fit().save(tmp_path / "absent" / "code")
+    assert not list(tmp_path.iterdir()) and not tmp_path.with_name(f"{tmp_path.name}.unfinished").exists()
+
+
 def test_a_code_that_does_not_fit_together_is_not_written(tmp_path):
     code = fit()
     wrong = fastkd.SparseCode(code.arrays._replace(atom_weights=code.arrays.atom_weights[1:]))

@@ -326,6 +326,7 @@ BAD = {
     "an integer table": ({"weight": torch.ones(20, 8, dtype=torch.int8)}, "torch.int8; .* floating is needed"),
     "counts of another length": ({"counts": torch.ones(19)}, r"counts has shape \(19,\), the table has 20 rows"),
     "negative counts": ({"counts": -torch.ones(20)}, "counts holds negative"),
+    "infinite counts": ({"counts": torch.full((20,), math.inf)}, "counts holds negative values, infinite ones or NaN"),
     "nothing kept": ({"keep": 0.0}, r"keep=0.0; the kept fraction must lie in \(0, 1\]"),
     "more than all kept": ({"keep": 1.1}, "keep=1.1"),
     "a percentage": ({"keep": 10}, "keep=10"),
@@ -352,3 +353,34 @@ def test_bad_input_is_refused_by_name(case):
     changes, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         fastkd.SparseCode.fit(**{**GOOD, **changes})
+
+
+OF_ANOTHER_TYPE = {
+    "a table of numpy": ({"weight": normal(20, 8).numpy()}, "weight is a ndarray; a torch tensor"),
+    "no counts": ({"counts": None}, r"counts is a NoneType; a tensor \(V,\)"),
+    "keep as text": ({"keep": "0.1"}, "keep='0.1'; a number is needed"),
+    "keep as a flag": ({"keep": True}, "keep=True; a number is needed"),
+    "atoms as text": ({"atoms": "8"}, "atoms='8'; a whole number is needed"),
+    "atoms as a flag": ({"atoms": True}, "atoms=True; a whole number is needed"),
+    "half an atom": ({"atoms": 2.5}, r"atoms=2\.5; a whole number is needed"),
+    "bytes as text": ({"residual_bytes": "4"}, "residual_bytes='4'; a whole number is needed"),
+    "mean atoms as text": ({"mean_atoms": "2"}, "mean_atoms='2'; a number is needed"),
+    "no ridge": ({"ridge": None}, "ridge=None; a number is needed"),
+    "special tokens as text": ({"special_ids": ["[CLS]"]}, r"special_ids=\['\[CLS\]'\]; a list or \(n,\) tensor"),
+    "no special tokens": ({"special_ids": None}, "special_ids=None"),
+}
+
+
+@pytest.mark.parametrize("case", OF_ANOTHER_TYPE)
+def test_an_argument_of_another_type_is_named(case):
+    changes, message = OF_ANOTHER_TYPE[case]
+    with pytest.raises(TypeError, match=message):
+        fastkd.SparseCode.fit(**{**GOOD, **changes})
+
+
+def test_special_ids_may_be_a_tensor_or_run_out_after_one_pass():
+    listed = fit(normal(20, 8), keep=0.5, atoms=3, special_ids=[19, 17])
+    for special_ids in (torch.tensor([17, 19]), iter([19, 17])):
+        assert torch.equal(
+            fit(normal(20, 8), keep=0.5, atoms=3, special_ids=special_ids).arrays.slot.int(), listed.arrays.slot.int()
+        )

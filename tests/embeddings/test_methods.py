@@ -1,8 +1,10 @@
 """What the command's methods ask of the fit."""
 
 import pytest
+import torch
 
-from fastkd.embeddings.methods import METHODS, setting, settings_to_try
+import fastkd
+from fastkd.embeddings.methods import METHODS, code_bytes, setting, settings_to_try
 
 
 def test_the_papers_method_has_no_residual():
@@ -47,12 +49,27 @@ def test_the_grid_holds_each_setting_once_and_none_that_a_table_has_no_room_for(
     assert {each["rows"] for each in grid} == {"float16", "int8"}
 
 
-def test_a_budget_leaves_out_settings_whose_kept_rows_are_larger():
-    grid = settings_to_try("sparse", 2000, 32, special=5, nbytes=12_800)
-    assert {(each["keep"], each["rows"]) for each in grid} == {
-        (0.02, "float16"), (0.05, "float16"), (0.1, "float16"), (0.02, "int8"), (0.05, "int8"), (0.1, "int8"),
-        (0.2, "int8"),
-    }  # fmt: skip
+@pytest.mark.parametrize("method", METHODS)
+def test_the_bytes_of_a_code_are_known_before_it_is_fitted(method):
+    table, counts = torch.randn(300, 16, generator=torch.Generator().manual_seed(0)), torch.ones(300)
+    grid = settings_to_try(method, 300, 16, special=5) + settings_to_try(method, 300, 16, special=5, rows="float32")
+    for each in {str(sorted(each.items())): each for each in grid if each["keep"] in (0.1, 0.3)}.values():
+        assert fastkd.SparseCode.fit(table, counts, **each).nbytes == code_bytes(each, 300, 16)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_leaves_out_larger_codes_and_the_least_that_leaves_one_is_named(method):
+    sizes = sorted(code_bytes(each, 2000, 32) for each in settings_to_try(method, 2000, 32, special=5))
+    for nbytes in (sizes[0], sizes[len(sizes) // 2]):
+        grid = settings_to_try(method, 2000, 32, special=5, nbytes=nbytes)
+        assert sorted(code_bytes(each, 2000, 32) for each in grid) == [size for size in sizes if size <= nbytes]
+    with pytest.raises(ValueError, match=rf"too small for this table; the least for {method} is {sizes[0]:,} bytes"):
+        settings_to_try(method, 2000, 32, special=5, nbytes=sizes[0] - 1)
+
+
+def test_a_table_with_room_for_nothing_is_refused():
+    with pytest.raises(ValueError, match="method=sparse: nothing to choose from for a table of 10 rows of 32, of whi"):
+        settings_to_try("sparse", 10, 32, special=8)
 
 
 def test_given_formats_are_not_varied():

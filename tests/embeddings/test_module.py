@@ -214,6 +214,11 @@ def test_it_takes_the_arrays_of_a_code_as_well(code, ids):
     assert torch.equal(fastkd.SparseEmbedding(code.arrays)(ids), fastkd.SparseEmbedding(code)(ids))
 
 
+def test_a_table_is_no_code():
+    with pytest.raises(TypeError, match=r"code is a Tensor; a fastkd.SparseCode is needed"):
+        fastkd.SparseEmbedding(torch.randn(90, 32))
+
+
 def test_arrays_that_disagree_are_refused(make_code, model):
     arrays = make_code(model).arrays
     with pytest.raises(ValueError, match="atom_weights has shape"):

@@ -158,6 +158,12 @@ def test_a_pipeline_takes_the_folder(small):
     assert 0 < found["score"] < 1
 
 
+def test_torch_save_takes_a_whole_model(compressed, batch, tmp_path):
+    model = compressed()
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False), batch), logits(model, batch))
+
+
 def test_push_to_hub_uploads_what_save_pretrained_writes(small, monkeypatch):
     uploaded = {}
 
@@ -300,10 +306,26 @@ class TestRefused:
         config = json.loads((small / "config.json").read_text())
         config["quantization_config"]["num_kept"] = 21
         (small / "config.json").write_text(json.dumps(config))
-        with pytest.raises(RuntimeError, match="mismatch"):
+        for ignored in (False, True):
+            with pytest.raises(ValueError, match=r"weight of .* is \(21, 32\) .*model.safetensors holds \(20, 32\) fl"):
+                AutoModel.from_pretrained(small, ignore_mismatched_sizes=ignored)
+
+    @pytest.mark.parametrize(("name", "wanted"), [("weight", "float16"), ("slot", "uint16 or int32")])
+    def test_arrays_of_another_format_than_the_config_says(self, small, name, wanted):
+        def edit(state):
+            name_in_file = f"bert.embeddings.word_embeddings.{name}"
+            state[name_in_file] = state[name_in_file].float()
+
+        change(small, edit)
+        with pytest.raises(ValueError, match=rf"config.json {name} of .* {wanted}; model.safetensors holds .* float32"):
             AutoModel.from_pretrained(small)
-        with pytest.raises(ValueError, match="lacks"):
-            AutoModel.from_pretrained(small, ignore_mismatched_sizes=True)
+
+    def test_a_shard_that_was_cut_short(self, compressed, tmp_path):
+        compressed().save_pretrained(tmp_path, max_shard_size="10KB")
+        shard = sorted(tmp_path.glob("*.safetensors"))[1]
+        shard.write_bytes(shard.read_bytes()[:-1])
+        with pytest.raises(ValueError, match=rf"{shard.name} is no safetensors file, or not all of one"):
+            AutoModel.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize(
         ("entry", "message"),

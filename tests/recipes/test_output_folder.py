@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastkd.recipes.output_folder import check_out, whole_folder
+from fastkd.recipes.output_folder import check_out, check_place, whole_folder
 
 
 def test_what_is_written_appears_at_the_end(tmp_path):
@@ -54,3 +54,15 @@ def test_a_file_a_full_folder_and_the_source_are_not(tmp_path):
     for out in ("full", "full/below", "full/new", "."):
         with pytest.raises(ValueError, match="stays as it is"):
             check_out(tmp_path / out, True, tmp_path / "full")
+
+
+def test_folders_that_are_missing_can_be_made_and_are_not_made_yet(tmp_path):
+    check_place("out", tmp_path / "a" / "b" / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for check in (lambda place: check_out(place, False, "hub/model"), lambda place: check_place("out", place)):
+        with pytest.raises(ValueError, match=r"out=.*below/new cannot be written: .*file takes no files"):
+            check(tmp_path / "file" / "below" / "new")
