@@ -1,0 +1,62 @@
+"""Explanations: how much each token matters to a classifier, as plain functions, and what training on them needs.
+
+Every attribution gives scores (B, L), 0 in padding, of one class for each example, or (B, C, L) of every class:
+
+- gradient: `saliency`, `gradient_x_input`, `integrated_gradients`;
+- perturbation: `occlusion`, `linear_explanation` (LIME and KernelSHAP over a fixed `MaskPool`);
+- feature selection: a `Selector`, trained once by `train_selector`, and its k best tokens.
+
+How the recipe `egkd` calls them, once for the teacher and at every step for the student, stands in
+docs/methods/egkd.md.
+"""
+
+from fastkd.explain.central_difference import central_difference
+from fastkd.explain.classifier import Classifier, rows_of, valid_tokens
+from fastkd.explain.consistency import Consistency, consistency
+from fastkd.explain.fingerprint import Fingerprint
+from fastkd.explain.gradient import (
+    GradientSettings,
+    gradient_attribution,
+    gradient_x_input,
+    integrated_gradients,
+    saliency,
+)
+from fastkd.explain.mask_pool import MaskPool
+from fastkd.explain.perturbation import explanation_of_logits, linear_explanation, masked_logits, occlusion
+from fastkd.explain.picture import side_by_side
+from fastkd.explain.scores import distance, normalise
+from fastkd.explain.second_order import twice_differentiable
+from fastkd.explain.selection import hard_top_k, relaxed_top_k
+from fastkd.explain.selector import Selector, SelectorSettings, train_selector
+from fastkd.explain.stored import TeacherResults, compute_results
+
+__all__ = [
+    "Classifier",
+    "Consistency",
+    "Fingerprint",
+    "GradientSettings",
+    "MaskPool",
+    "Selector",
+    "SelectorSettings",
+    "TeacherResults",
+    "central_difference",
+    "compute_results",
+    "consistency",
+    "distance",
+    "explanation_of_logits",
+    "gradient_attribution",
+    "gradient_x_input",
+    "hard_top_k",
+    "integrated_gradients",
+    "linear_explanation",
+    "masked_logits",
+    "normalise",
+    "occlusion",
+    "relaxed_top_k",
+    "rows_of",
+    "saliency",
+    "side_by_side",
+    "train_selector",
+    "twice_differentiable",
+    "valid_tokens",
+]

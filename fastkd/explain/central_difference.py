@@ -1,0 +1,126 @@
+"""The gradient of a distance between attributions, without a second derivative of the model.
+
+A student's scores a(e, G) depend on its parameters θ through the embeddings e(θ) and the gradients G = ∂J/∂e (e(θ), θ),
+J the score that is explained. With D the distance to the teacher's scores and u = ∂D/∂G,
+
+    dD/dθ = ∂D/∂e · de/dθ + ⟨u, dG/dθ⟩
+    ⟨u, dG/dθ⟩ = d/dθ ⟨ū, ∂J/∂e⟩ = d/dθ ∂/∂ε J(e(θ) + ε ū, θ) at ε = 0          ū = u, held constant
+               = d/dθ [J(e(θ) + h ū, θ) - J(e(θ) - h ū, θ)] / 2h + O(h²)
+
+The first term is an ordinary gradient with G held constant. The second is that of two forwards from moved embeddings,
+each a first-order pass of the whole model, with whatever fused attention it has. e(θ) stays in the graph: the
+embeddings learn from both terms. For integrated gradients the same holds at each point of the path, whose dependence on
+e(θ) is kept too; for several classes, for each class with its own u.
+
+ū is scaled for each sequence and class to the size of its embeddings, h ū = s · rms(e) · u / rms(u), with s the
+relative step: 1e-2, where the error of the difference (s²) and that of rounding (2⁻²⁴ / s) are both small.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastkd.explain.classifier import Classifier, Draws, Inputs, Watched, valid_tokens
+from fastkd.explain.gradient import (
+    GradientSettings,
+    gradients_of,
+    mean_gradient,
+    path,
+    scores_of,
+    with_gradient,
+)
+from fastkd.explain.target import Target, class_scores, single, target_classes
+
+STEP = 1e-2
+_STEP_IN_HALF = 2**-6  # in bf16 or fp16 a smaller difference of J drowns in rounding
+
+
+def central_difference(
+    classifier: Classifier,
+    inputs: Inputs,
+    settings: GradientSettings,
+    distance: Callable[[Tensor], Tensor],
+    *,
+    target: Target = "predicted",
+    step: float = STEP,
+    batch_size: int = 256,
+    watched: tuple[Watched, Tensor] | None = None,
+) -> Tensor:
+    """`distance(scores)`, a scalar whose backward gives what double backward through `gradient_attribution(...,
+    create_graph=True)` gives, up to O(step²), from two further first-order passes for each class.
+
+        loss = central_difference(student, inputs, settings, lambda a: distance(a, teacher, mask), target=classes)
+        loss.backward()
+
+    Args:
+        classifier, inputs, settings, target, batch_size: as `gradient_attribution` takes them.
+        distance: of the scores, (B, L), or (B, C, L) where every class is explained, as a scalar.
+        step: s, relative to the size of a sequence's embeddings; in bf16 and fp16 2⁻⁶ at least.
+        watched: what `Classifier.watch` saw of a forward of the same inputs, and that forward's logits (B, C), with
+            their graphs. Its gradient then needs no forward of its own: only a backward to the embeddings. For methods
+            of one step.
+
+    All passes have the dropout of the first (or watched) forward above the embeddings, so that their difference is one
+    of J alone, and run without autocast. Scores that are not finite give a loss that is not: skip the step then.
+
+    Raises ValueError as `gradient_attribution`, for a `step` that is not positive, and for watched forwards where there
+    are several steps.
+    """
+    if not step > 0:
+        raise ValueError(f"step={step}; it must be positive")
+    if watched is not None and settings.steps != 1:
+        raise ValueError(f"steps={settings.steps} need passes of their own: a watched forward is one step")
+    with torch.enable_grad():
+        if watched is None:
+            embeddings = with_gradient(classifier.embed(inputs))
+            draws = Draws(embeddings.device)
+        else:
+            embeddings, draws = watched[0].embeddings, watched[0].draws
+            if embeddings is None:
+                raise ValueError("watched: no forward of the model ran inside classifier.watch()")
+        baseline = classifier.baseline(inputs, settings.baseline, embeddings)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            if watched is None:
+                gradient, classes = mean_gradient(
+                    classifier, inputs, settings, embeddings, baseline, target, batch_size=batch_size, draws=draws
+                )
+            else:
+                classes = target_classes(watched[1], target)
+                scores = class_scores(watched[1], classes, settings.score)
+                gradient = gradients_of(scores, embeddings, keep_graph=True)
+            gradient = gradient.detach().requires_grad_()
+            scores = scores_of(settings, gradient, embeddings, baseline, valid_tokens(inputs))
+            loss = distance(scores[:, 0] if single(target) else scores)
+            [pull] = torch.autograd.grad(loss, gradient, retain_graph=True)
+            direction, rate = _scaled(pull, embeddings, valid_tokens(inputs), step)
+            moved = 0
+            for k in range(classes.shape[1]):
+                for sign in (1, -1):
+                    for inputs_here, points in path(inputs, settings.steps, embeddings, baseline, batch_size):
+                        times = len(points) // max(len(embeddings), 1)
+                        points = points + sign * direction[:, k].repeat(times, 1, 1)
+                        logits = classifier.logits(inputs_here, points, draws)
+                        value = class_scores(logits, classes[:, [k]].repeat(times, 1), settings.score)[:, 0]
+                        moved = moved + sign * (rate[:, k].repeat(times) * value).sum() / settings.steps
+    # Has the value of the distance, and beside its gradient that of the difference.
+    return loss + (moved - moved.detach()).to(loss.dtype)
+
+
+def _scaled(pull: Tensor, embeddings: Tensor, mask: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """h ū (B, K, L, D) and 1 / 2h (B, K), both without gradient; of u (B, K, L, D), e (B, L, D) and the tokens (B, L).
+    Where u is 0 so are both."""
+    if embeddings.dtype in (torch.bfloat16, torch.float16):
+        step = max(step, _STEP_IN_HALF)
+    wide = torch.promote_types(pull.dtype, torch.float32)
+    pull, size = pull.to(wide), _rms(embeddings.detach().to(wide), mask)[:, None]
+    strength = _rms(pull, mask[:, None])
+    h = step * size / strength.masked_fill(strength == 0, 1)
+    rate = torch.where(strength > 0, 0.5 / h.masked_fill(h == 0, 1), 0)
+    return (h[..., None, None] * pull).to(embeddings.dtype), rate
+
+
+def _rms(vectors: Tensor, mask: Tensor) -> Tensor:
+    """Root mean square over tokens (..., L) and dimensions of (..., L, D)."""
+    squares = vectors.masked_fill(~mask[..., None], 0).square().sum((-2, -1))
+    return (squares / (mask.sum(-1).clamp(min=1) * vectors.shape[-1])).sqrt()

@@ -1,0 +1,130 @@
+"""A selector, trained once against a frozen teacher: which k tokens are enough for the teacher to say what it says.
+
+After L2X (Chen et al., ICML 2018), with the teacher itself in the place of its learned approximator:
+
+    min over the selector's parameters of  KL(softmax z_T(x) ‖ softmax z_T(v ⊙ x + (1 - v) ⊙ e₀)),  v = relaxed top k
+
+The teacher gets no gradient.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.explain.classifier import BASELINES, Classifier, Inputs, valid_tokens
+from fastkd.explain.perturbation import replaced
+from fastkd.explain.selection import chosen_counts, hard_top_k, relaxed_top_k
+from fastkd.losses import soft_label_loss
+
+
+@dataclass(frozen=True)
+class SelectorSettings:
+    """How a selector is trained.
+
+    Args:
+        ratio: share of the maskable tokens that are selected, in (0, 1]; k is rounded up.
+        temperature: t of the relaxed draws.
+        baseline: what a token that is not selected becomes, "zero" or "mask".
+        hidden: width of the selector.
+        learning_rate: of Adam.
+        epochs: passes over the batches.
+        seed: of the selector's parameters and of the draws.
+    """
+
+    ratio: float = 0.3
+    temperature: float = 0.5
+    baseline: Literal["zero", "mask"] = "zero"
+    hidden: int = 64
+    learning_rate: float = 1e-3
+    epochs: int = 3
+    seed: int = 0
+
+    def __post_init__(self):
+        chosen_counts(torch.ones(1, 1), self.ratio)
+        if self.baseline not in BASELINES:
+            raise ValueError(f"baseline={self.baseline!r}; allowed are {', '.join(BASELINES)}")
+        for name in ("temperature", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be positive")
+        for name in ("hidden", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; 1 at least is needed")
+
+
+class Selector(nn.Module):
+    """Logits (B, L) of being selected, from a token's embedding, its neighbours' and the mean of its sequence."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.near = nn.Conv1d(width, hidden, kernel_size=3, padding=1)
+        self.combine = nn.Linear(2 * hidden, hidden)
+        self.out = nn.Linear(hidden, 1)
+
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """In fp32, of embeddings (B, L, D) and the tokens, mask (B, L) bool. Padding changes nothing."""
+        embeddings = embeddings.float().masked_fill(~mask[..., None], 0)
+        near = self.near(embeddings.transpose(1, 2)).transpose(1, 2).relu().masked_fill(~mask[..., None], 0)
+        mean = near.sum(1, keepdim=True) / mask.sum(1).clamp(min=1)[:, None, None]
+        return self.out(self.combine(torch.cat([near, mean.expand_as(near)], -1)).relu())[..., 0]
+
+    def probabilities(self, classifier: Classifier, inputs: Inputs) -> Tensor:
+        """(B, L), softmax over the maskable tokens: the selector's attribution; 0 elsewhere."""
+        logits, maskable = self._logits(classifier, inputs)
+        none = ~maskable.any(1, keepdim=True)
+        return logits.masked_fill(~maskable, -torch.inf).masked_fill(none, 0).softmax(1).masked_fill(~maskable, 0)
+
+    def select(self, classifier: Classifier, inputs: Inputs, ratio: float) -> Tensor:
+        """(B, L) bool, the k tokens to keep, and beside them all that is not maskable; as `hard_top_k`."""
+        return hard_top_k(*self._logits(classifier, inputs), ratio)
+
+    @torch.no_grad()
+    def _logits(self, classifier: Classifier, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return self(classifier.embed(inputs), valid_tokens(inputs)), classifier.maskable(inputs)
+
+
+def train_selector(
+    teacher: Classifier,
+    batches: Iterable[Inputs],
+    settings: SelectorSettings = SelectorSettings(),
+) -> Selector:
+    """A selector for the teacher's predictions, trained on batches that can be gone through several times.
+
+    Its steps cost a forward of the teacher, and a forward and a backward to the embeddings.
+
+    Raises:
+        ValueError: no batches, or a loss that is not finite (the step is named).
+    """
+    selector, optimizer = None, None
+    with torch.random.fork_rng(devices=_cuda_devices()):
+        torch.manual_seed(settings.seed)
+        for epoch in range(settings.epochs):
+            for step, inputs in enumerate(batches):
+                with torch.no_grad():
+                    embeddings = teacher.embed(inputs)
+                    nothing = teacher.baseline(inputs, settings.baseline, embeddings)
+                    wanted = teacher.logits(inputs)
+                if selector is None:
+                    selector = Selector(embeddings.shape[-1], settings.hidden).to(embeddings.device)
+                    optimizer = torch.optim.Adam(selector.parameters(), settings.learning_rate)
+                loss = _loss(teacher, selector, inputs, embeddings, nothing, wanted, settings)
+                if not torch.isfinite(loss):
+                    raise ValueError(f"selector, epoch {epoch}, step {step}: the loss is {loss.item()}")
+                optimizer.zero_grad()
+                loss.backward(inputs=list(selector.parameters()))  # and none for the teacher's
+                optimizer.step()
+    if selector is None:
+        raise ValueError("a selector cannot be trained on no batches")
+    return selector.eval()
+
+
+def _loss(teacher, selector, inputs, embeddings, nothing, wanted, settings: SelectorSettings) -> Tensor:
+    logits = selector(embeddings, valid_tokens(inputs))
+    kept = relaxed_top_k(logits, teacher.maskable(inputs), settings.ratio, settings.temperature)
+    return soft_label_loss(teacher.logits(inputs, replaced(embeddings, nothing, kept)), wanted, temperature=1.0)
+
+
+def _cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -1,0 +1,191 @@
+"""A teacher's results, computed once and read from disk: attributions, logits of a mask pool, selected tokens.
+
+One safetensors file, which is there whole or not at all. What belongs to an example (logits) is one tensor (N, ...).
+What belongs to its tokens (attributions, selected tokens) is stored without padding: the tokens of all examples one
+behind the other (T, ...), and how many each has (N,).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastkd.explain.classifier import Inputs, valid_tokens
+from fastkd.explain.fingerprint import Fingerprint
+
+_FORMAT = "fastkd.teacher_results"
+_COUNTS = "tokens"
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherResults:
+    """Results of N examples, in the order of the data they were computed on.
+
+    Attributes:
+        fingerprint: what they belong to.
+        tokens: (N,) int64, the tokens of each example.
+        per_example: {name: (N, ...)}.
+        per_token: {name: (T, ...)}, T = Σ tokens; a score for each class is a second dimension.
+    """
+
+    fingerprint: Fingerprint
+    tokens: Tensor
+    per_example: dict[str, Tensor]
+    per_token: dict[str, Tensor]
+
+    def __post_init__(self):
+        object.__setattr__(self, "_starts", self.tokens.cumsum(0) - self.tokens)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, examples: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """The results of a batch, on the CPU: (B, ...) for an example; (B, L) or (B, C, L) for tokens, which lie where
+        the mask does, 0 (False) in padding.
+
+        examples: (B,) int64, the rows of the data.
+        mask: (B, L), nonzero at tokens, on whichever side the padding is.
+
+        Raises ValueError where the mask has another number of tokens than an example had.
+        """
+        examples, valid = examples.cpu(), mask.cpu() != 0
+        found = valid.sum(1)
+        wrong = (found != self.tokens[examples]).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            example = int(examples[row])
+            raise ValueError(
+                f"example {example} has {int(found[row])} tokens here and {int(self.tokens[example])} in the stored "
+                "results: it was cut to another length"
+            )
+        ends = found.cumsum(0)
+        within = torch.arange(int(found.sum())) - (ends - found).repeat_interleave(found)
+        places = self._starts[examples].repeat_interleave(found) + within
+        batch = {name: values[examples] for name, values in self.per_example.items()}
+        for name, values in self.per_token.items():
+            padded = values.new_zeros(*valid.shape, *values.shape[1:])
+            padded[valid] = values[places]
+            batch[name] = padded.movedim(1, -1)
+        return batch
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the file; one of that name is replaced once the new one is complete.
+
+        Raises ValueError, before anything is written, for values that are NaN or infinite.
+        """
+        for name, values in {**self.per_example, **self.per_token}.items():
+            if values.is_floating_point() and not values.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinite values; nothing was written")
+        tensors = {f"example.{name}": values for name, values in self.per_example.items()}
+        tensors |= {f"token.{name}": values for name, values in self.per_token.items()}
+        tensors = {name: values.contiguous() for name, values in (tensors | {_COUNTS: self.tokens}).items()}
+        unfinished = Path(f"{path}.unfinished")
+        try:
+            save_file(tensors, unfinished, metadata={"format": _FORMAT, "fingerprint": self.fingerprint.as_json()})
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | os.PathLike, expected: Fingerprint) -> TeacherResults:
+        """Read what `save` has written, for the teacher, tokenizer, data and settings of `expected`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file of another kind or cut short, or another fingerprint (what differs is named).
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no safetensors file, or not all of one: {error}") from error
+        if metadata.get("format") != _FORMAT or _COUNTS not in tensors:
+            raise ValueError(f"{path} holds no teacher results")
+        stored = Fingerprint.from_json(metadata["fingerprint"])
+        if differences := stored.differences(expected):
+            raise ValueError(
+                f"{path} belongs to something else; {'; '.join(differences)}. Delete it to have it computed anew"
+            )
+        parts = {
+            kind: {name.removeprefix(kind): values for name, values in tensors.items() if name.startswith(kind)}
+            for kind in ("example.", "token.")
+        }
+        return TeacherResults(stored, tensors[_COUNTS], parts["example."], parts["token."])
+
+
+def compute_results(
+    batches: Iterable[Inputs],
+    fingerprint: Fingerprint,
+    *,
+    per_example: Mapping[str, Callable[[Inputs], Tensor]],
+    per_token: Mapping[str, Callable[[Inputs], Tensor]],
+    dtype: torch.dtype = torch.float16,
+) -> TeacherResults:
+    """Run explainers over the data, once.
+
+        compute_results(
+            loader,
+            fingerprint,
+            per_example={
+                "logits": teacher.logits,
+                "pool_logits": lambda x: masked_logits(teacher, x, pool.spread(teacher.maskable(x))),
+            },
+            per_token={
+                "gradient": lambda x: gradient_attribution(teacher, x, settings),
+                "selected": lambda x: selector.select(teacher, x, ratio),
+            },
+        )
+
+    Args:
+        batches: padded inputs with attention_mask, in the order of the data.
+        per_example: functions that give (B, ...).
+        per_token: functions that give (B, L), or (B, C, L).
+        dtype: floating results are stored in it; normalised scores and logits have room in fp16.
+
+    Raises ValueError as the explainers do, for values that are NaN or infinite (the first example is named), and where
+    `dtype` cannot hold a value.
+    """
+    tokens, examples, each = [], {name: [] for name in per_example}, {name: [] for name in per_token}
+    done = 0
+    for inputs in batches:
+        mask = valid_tokens(inputs)
+        tokens.append(mask.sum(1).cpu())
+        with torch.no_grad():
+            for name, explain in per_example.items():
+                examples[name].append(_stored(name, explain(inputs), dtype, done))
+            for name, explain in per_token.items():
+                by_token = _stored(name, explain(inputs), dtype, done).movedim(-1, 1)
+                each[name].append(by_token[mask.cpu()])
+        done += len(mask)
+    if not tokens:
+        raise ValueError("there are no batches to compute results of")
+    return TeacherResults(
+        fingerprint,
+        torch.cat(tokens),
+        {name: torch.cat(parts) for name, parts in examples.items()},
+        {name: torch.cat(parts) for name, parts in each.items()},
+    )
+
+
+def _stored(name: str, values: Tensor, dtype: torch.dtype, first: int) -> Tensor:
+    """On the CPU and in `dtype`; `first` is the number of the batch's first example."""
+    values = values.detach().cpu()
+    if not values.is_floating_point():
+        return values
+    bad = (~values.isfinite()).flatten(1).any(1).nonzero()
+    if len(bad):
+        raise ValueError(f"{name}: example {first + int(bad[0])} has NaN or infinite values; look at the teacher")
+    stored = values.to(dtype)
+    if not stored.isfinite().all():
+        raise ValueError(f"{name}: {dtype} cannot hold values up to {values.abs().max():.4g}; torch.float32 can")
+    return stored

@@ -1,0 +1,239 @@
+"""The gradient of a distance between attributions: exact by double backward, and by central differences."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from fastkd.explain import (
+    Classifier,
+    GradientSettings,
+    central_difference,
+    distance,
+    gradient_attribution,
+    second_order,
+)
+
+SETTINGS = {
+    "saliency": GradientSettings("saliency", norm="l2"),
+    "gradient x input": GradientSettings("gradient_x_input", score="log_probability", norm="l2"),
+    "summed": GradientSettings("gradient_x_input", reduce="sum", norm="l1"),
+    "3 steps from zero": GradientSettings("integrated_gradients", steps=3, norm="l2"),
+    "3 steps from [MASK]": GradientSettings("integrated_gradients", steps=3, baseline="mask", norm="l2"),
+}
+TARGETS = torch.tensor([2, 0, 1])
+
+
+@pytest.fixture(params=SETTINGS)
+def settings(request):
+    return SETTINGS[request.param]
+
+
+def _teachers(classifier, batch, settings, target):
+    """Other scores of the same form."""
+    scores = gradient_attribution(classifier, batch, settings, target=target)
+    return (scores * torch.rand_like(scores)).detach()
+
+
+def _gradient(model, loss):
+    """All parameters' gradients, as one vector."""
+    parameters = list(model.parameters())
+    given = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in given])
+
+
+def _relative(error, truth):
+    return (torch.linalg.vector_norm(error - truth) / torch.linalg.vector_norm(truth)).item()
+
+
+def _both(classifier, batch, settings, target=TARGETS, **how):
+    teachers = _teachers(classifier, batch, settings, target)
+
+    def apart(scores):
+        return distance(scores, teachers, batch["attention_mask"])
+
+    scores = gradient_attribution(classifier, batch, settings, target=target, create_graph=True)
+    exact = apart(scores)
+    near = central_difference(classifier, batch, settings, apart, target=target, **how)
+    return exact, near
+
+
+@pytest.mark.parametrize("target", [TARGETS, "all"], ids=["one class", "every class"])
+def test_double_backward_and_central_difference_agree(classifier, bert, batch, settings, target):
+    exact, near = _both(classifier, batch, settings, target)
+    torch.testing.assert_close(near, exact)
+    error = _relative(_gradient(bert, near), _gradient(bert, exact))
+    print(f"{settings.method}: relative error of the gradient {error:.1e}")
+    assert error < 1e-3, f"relative error {error:.1e}"
+
+
+def test_the_error_falls_with_the_square_of_the_step(classifier, bert, batch):
+    errors = []
+    for step in (4e-2, 2e-2, 1e-2):
+        torch.manual_seed(1)
+        exact, near = _both(classifier, batch, SETTINGS["gradient x input"], step=step)
+        errors.append(_relative(_gradient(bert, near), _gradient(bert, exact)))
+    print("relative errors", errors)
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.2) and errors[1] / errors[2] == pytest.approx(4, rel=0.2)
+
+
+def test_double_backward_is_the_slope_of_the_distance(classifier, bert, batch, settings):
+    """Against the distance itself, at parameters moved along a random direction."""
+    teachers = _teachers(classifier, batch, settings, TARGETS)
+    direction = torch.randn(sum(parameter.numel() for parameter in bert.parameters())).double()
+    start = parameters_to_vector(bert.parameters()).detach()
+
+    def at(moved):
+        vector_to_parameters(start + moved * direction, bert.parameters())
+        scores = gradient_attribution(classifier, batch, settings, target=TARGETS, create_graph=True)
+        return distance(scores, teachers, batch["attention_mask"])
+
+    along = _gradient(bert, at(0.0)) @ direction
+    slope = (at(1e-6) - at(-1e-6)).detach() / 2e-6
+    torch.testing.assert_close(along, slope, rtol=1e-5, atol=1e-9)
+
+
+def test_fp32_keeps_three_digits(classifier, bert, batch):
+    bert.float()
+    exact, near = _both(classifier, batch, SETTINGS["gradient x input"])
+    error = _relative(_gradient(bert, near), _gradient(bert, exact))
+    print(f"fp32: relative error of the gradient {error:.1e}")
+    assert error < 2e-3
+
+
+def test_autocast_changes_nothing(classifier, bert, batch):
+    """A difference of two bf16 passes would be rounding."""
+    bert.float()
+    settings = SETTINGS["summed"]
+    teachers = _teachers(classifier, batch, settings, TARGETS)
+
+    def apart(scores):
+        return distance(scores, teachers, batch["attention_mask"])
+
+    expected = central_difference(classifier, batch, settings, apart, target=TARGETS)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = central_difference(classifier, batch, settings, apart, target=TARGETS)
+    torch.testing.assert_close(_gradient(bert, loss), _gradient(bert, expected))
+
+
+def _with_dropout(bert):
+    for module in bert.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    return bert.train()
+
+
+def test_a_watched_forward_saves_one(classifier, bert, batch):
+    """A training step's own forward, dropout and all: the explanation is of what the step computed."""
+    settings = SETTINGS["gradient x input"]
+    teachers = _teachers(classifier, batch, settings, TARGETS)
+    _with_dropout(bert)
+    with classifier.watch() as seen, second_order.twice_differentiable():
+        logits = bert(**batch).logits
+    forwards = []
+    bert.bert.encoder.register_forward_pre_hook(lambda *_: forwards.append(1))
+
+    def apart(scores):
+        return distance(scores, teachers, batch["attention_mask"])
+
+    near = central_difference(classifier, batch, settings, apart, target=TARGETS, watched=(seen, logits))
+    assert len(forwards) == 2
+
+    score = logits.log_softmax(1).gather(1, TARGETS[:, None]).sum()
+    [pull] = torch.autograd.grad(score, seen.embeddings, create_graph=True)
+    scores = (pull * seen.embeddings).norm(dim=-1).masked_fill(batch["attention_mask"] == 0, 0)
+    exact = apart(scores / scores.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(near, exact)
+    assert _relative(_gradient(bert, near), _gradient(bert, exact)) < 2e-3
+    logits.sum().backward()  # the step's own graph is still there
+
+
+def test_all_passes_of_a_difference_have_the_same_dropout(classifier, bert, batch):
+    settings = SETTINGS["summed"]
+    teachers = _teachers(classifier, batch, settings, TARGETS)
+    _with_dropout(bert)
+
+    def gradient(step):
+        torch.manual_seed(7)
+        loss = central_difference(
+            classifier,
+            batch,
+            settings,
+            lambda a: distance(a, teachers, batch["attention_mask"]),
+            target=TARGETS,
+            step=step,
+        )
+        return _gradient(bert, loss)
+
+    assert _relative(gradient(1e-2), gradient(1e-3)) < 2e-3
+
+
+def test_the_fused_path_has_no_second_derivative_and_the_other_has(classifier, bert, batch):
+    def twice(vectors):
+        [slope] = torch.autograd.grad(classifier.logits(batch, vectors)[:, 0].sum(), vectors, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), vectors)[0]
+
+    vectors = classifier.embed(batch).detach().requires_grad_()
+    with pytest.raises(RuntimeError, match="not implemented"):
+        twice(vectors)
+    with second_order.twice_differentiable():
+        assert twice(vectors).isfinite().all()
+
+
+def test_only_the_attribution_pass_leaves_the_fused_path_and_the_log_says_so_once(classifier, batch, caplog):
+    second_order._tell_once.cache_clear()
+    before = torch.backends.cuda.flash_sdp_enabled()
+    with caplog.at_level(logging.INFO, logger="fastkd"):
+        for _ in range(2):
+            gradient_attribution(classifier, batch, create_graph=True)
+            assert torch.backends.cuda.flash_sdp_enabled() == before
+    assert len([record for record in caplog.records if "mathematical path" in record.message]) == 1
+
+
+def test_a_student_of_another_kind_has_both(batch):
+    class BiLstm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(30, 8)
+            self.lstm = nn.LSTM(8, 6, bidirectional=True, batch_first=True)
+            self.head = nn.Linear(12, 3)
+
+        def get_input_embeddings(self):
+            return self.embedding
+
+        def forward(self, input_ids, attention_mask):
+            states, _ = self.lstm(self.embedding(input_ids))
+            return self.head((states * attention_mask[..., None]).mean(1))
+
+    student = BiLstm().double()
+    exact, near = _both(Classifier(student), batch, SETTINGS["gradient x input"])
+    assert _relative(_gradient(student, near), _gradient(student, exact)) < 2e-3
+
+
+def test_a_saturated_student_gives_no_gradient_and_no_nan(linear, batch):
+    with torch.no_grad():
+        linear.model.weight.zero_()
+    for loss in _both(linear, batch, SETTINGS["gradient x input"]):
+        assert not _gradient(linear.model, loss).any()
+
+
+def test_nan_scores_give_a_loss_by_which_the_step_can_be_skipped(classifier, bert, batch):
+    teachers = _teachers(classifier, batch, SETTINGS["summed"], TARGETS)
+    with torch.no_grad():
+        bert.classifier.weight[0, 0] = torch.nan
+    loss = central_difference(
+        classifier, batch, SETTINGS["summed"], lambda a: distance(a, teachers, batch["attention_mask"]), target=TARGETS
+    )
+    assert loss.isnan()
+
+
+def test_a_step_that_is_not_positive_is_refused(classifier, batch):
+    with pytest.raises(ValueError, match="step=0; it must be positive"):
+        central_difference(classifier, batch, GradientSettings(), torch.sum, step=0)
+
+
+def test_a_watched_forward_serves_one_step_only(classifier, batch):
+    with pytest.raises(ValueError, match="steps=3"):
+        central_difference(classifier, batch, SETTINGS["3 steps from zero"], torch.sum, watched=(None, None))
