@@ -12,8 +12,7 @@ benchmarks/results/edge-PART.json. `--show` prints the tables of those. One thre
 """
 
 import argparse
-import shutil
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ import yaml
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from fastkd.edge import export, report
-from fastkd.edge.report_schema import Report, Row, read_report
+from fastkd.edge.report_schema import Report, Row, read_report, to_json
 from fastkd.recipes import from_settings
 from fastkd.recipes.sparse_embeddings import CompressEmbeddings
 
@@ -35,7 +34,7 @@ _HEADINGS = {
 }
 
 
-@dataclass
+@dataclasses.dataclass
 class Sources:
     """What the command is given. keep, atoms, rows: of the sparse code, as in `fastkd compress-embeddings`."""
 
@@ -115,10 +114,10 @@ class Bench:
         artifacts, out = self.artifacts(part), self.folder / f"report-{part}"
         scored = {"task": "sst2", "data": self.sources.data} if _HEADINGS[part] else {}
         modes = ("eager", "compile", "int8") if part == "bert" else ("eager",)
-        report(
+        found = report(
             artifacts, out, overwrite=out.is_dir(), lengths=LENGTHS, batches=(1,), threads=(1,), modes=modes, **scored
         )
-        shutil.copy(out / "report.json", RESULTS / f"edge-{part}.json")
+        (RESULTS / f"edge-{part}.json").write_text(to_json(published(found, self.sources)), encoding="utf-8")
 
 
 def show(found: Report, part: str) -> str:
@@ -135,11 +134,17 @@ def show(found: Report, part: str) -> str:
         "|---" * len([*headings, *_HEADINGS[part]]) + "|",
     ]
     for row in found.artifacts:
-        total = sum(row.bytes.values())
+        total = row.bytes["total"]
         cells = [row.cell((1, length, 1)) for length in LENGTHS]
         times = [f"{cell.p50_ms:.2f}" if cell and cell.p50_ms else "failed" for cell in cells]
         faster = f"{cells[-1].speedup:.1f}" if cells[-1] and cells[-1].speedup else ""
-        values = [_name(row), f"{total / 1e6:.1f} MB", f"{row.smaller:.1f}" if row.smaller else "", *times, faster]
+        values = [
+            _name(row),
+            f"{total / 1e6:.1f} MB",
+            f"{row.smaller:.1f}" if row.smaller else "",
+            *times,
+            faster,
+        ]
         if _HEADINGS[part] and row.accuracy:
             against = row.accuracy.against_teacher
             values += [
@@ -151,7 +156,16 @@ def show(found: Report, part: str) -> str:
 
 
 def _name(row: Row) -> str:
-    return Path(row.path).stem + (f" (torch, {row.mode})" if row.mode else f" ({row.runtime or row.format})")
+    stem = Path(row.path).stem
+    return f"{stem}, torch {row.mode}" if row.mode else f"{stem}, {(row.runtime or row.format).split()[0]}"
+
+
+def published(found: Report, sources: Sources) -> Report:
+    """The report with what lies where on this machine left out."""
+    given = {sources.teacher: "teacher", sources.student: "student"}
+    settings = found.settings | {"artifacts": [given.get(a, Path(a).name) for a in found.settings["artifacts"]]}
+    rows = [dataclasses.replace(row, path=given.get(row.path, Path(row.path).name)) for row in found.artifacts]
+    return dataclasses.replace(found, settings=settings | {"data": None}, artifacts=rows)
 
 
 def main() -> None:
