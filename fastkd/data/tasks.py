@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -48,6 +49,18 @@ class Task:
     @property
     def num_labels(self) -> int:
         return len(self.label_names) or 1
+
+    def check_label_names(self, id2label: Mapping[int, str], whose: str) -> None:
+        """Raise a ValueError unless a head's labels are the task's, in their order. Names such as LABEL_0, which
+        transformers gives where nobody has, pass for any."""
+        named = [str(id2label[label]).lower() for label in range(len(id2label))]
+        if self.regression or all(re.fullmatch(r"(label_)?\d+", name) for name in named):
+            return
+        wanted = ", ".join(self.label_names)
+        if sorted(named) != sorted(self.label_names):
+            raise ValueError(f"task={self.name} has the labels {wanted}, {whose} {', '.join(named)}")
+        if named != list(self.label_names):
+            raise ValueError(f"task={self.name} orders its labels {wanted}, {whose} {', '.join(named)}")
 
     def compute_metrics(self, eval_pred) -> dict[str, float]:
         """`Trainer(compute_metrics=task.compute_metrics)`: logits (N, num_labels), labels (N,) to named metrics.

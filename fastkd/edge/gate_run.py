@@ -112,14 +112,15 @@ def _settings(artifact, mode, teacher, task, data, max_length: int, limits: Budg
 def _found(report: Report, where: str | Path, artifact: str | Path, mode: str, key: Key) -> Row:
     """The artifact's row, by path and else by name; it has the cell `key`."""
     path = Path(artifact).expanduser().resolve()
+    if not path.exists():
+        raise ValueError(f"{artifact}: no such file or folder")
     run_so = [row for row in report.artifacts if row.mode in (None, mode)]
     rows = [row for row in run_so if Path(row.path).expanduser().resolve() == path]
     rows = rows or [row for row in run_so if Path(row.path).name == path.name]
     if len(rows) != 1:
         how = "no" if not rows else "more than one"
-        raise ValueError(
-            f"{where} has {how} {path.name} in mode {mode}; it has {', '.join(row.name for row in report.artifacts)}"
-        )
+        what = f"{path.name} in mode {mode}" if path.is_dir() else path.name
+        raise ValueError(f"{where} has {how} {what}; it has {', '.join(row.name for row in report.artifacts)}")
     [row] = rows
     if row.cell(key) is None:
         cells = "; ".join("{},{},{}".format(*cell.key) for cell in row.cells)

@@ -20,11 +20,7 @@ def check_task(artifact: Artifact, task: Task) -> None:
         raise ValueError(f"task={task.name} has {task.num_labels} labels; {artifact.path} gives {gives}")
     if kind != wanted:
         raise ValueError(f"task={task.name} is a {wanted}; {artifact.path} is a model for {kind}")
-    named = [str(config.id2label[label]).lower() for label in range(config.num_labels)]
-    if sorted(named) == sorted(task.label_names) and named != list(task.label_names):
-        raise ValueError(
-            f"task={task.name} orders its labels {', '.join(task.label_names)}, {artifact.path} {', '.join(named)}"
-        )
+    task.check_label_names(config.id2label, str(artifact.path))
 
 
 def fill_accuracy(rows: Sequence[Row], outputs: dict[str, np.ndarray | str], task: Task) -> None:

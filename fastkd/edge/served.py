@@ -69,7 +69,10 @@ def load_served(model: str | Path) -> ServedModel:
 
     Raises ValueError where there is no model, or one with another head, another pooling or further modules.
     """
-    pooling = read_pooling(model)
+    try:
+        pooling = read_pooling(model)
+    except OSError:  # no such folder and no hub id: load_model says so
+        pooling = None
     if pooling is None:
         return ServedModel(load_model(model))
     # Such a folder may name the class that it was pretrained as, whose head it lacks.

@@ -232,21 +232,13 @@ def parse_bytes(size: str | int) -> int:
 
 
 def check_labels(model: PreTrainedModel, task: Task) -> None:
-    """Raise a ValueError unless the model's head gives what the task's labels ask for, in their order. Names such as
-    LABEL_0, which transformers gives where nobody has, pass for any."""
+    """Raise a ValueError unless the model's head gives what the task's labels ask for, in their order."""
     kind, labels = type(model).__name__, model.config.num_labels
     if not kind.endswith("ForSequenceClassification"):
         raise ValueError(f"task={task.name} scores a sequence classifier; the model is a {kind}")
     if labels != task.num_labels:
         raise ValueError(f"task={task.name} has {task.num_labels} labels, the model's head gives {labels}")
-    named = [str(model.config.id2label[label]).lower() for label in range(labels)]
-    if task.regression or all(re.fullmatch(r"(label_)?\d+", name) for name in named):
-        return
-    wanted = ", ".join(task.label_names)
-    if sorted(named) != sorted(task.label_names):
-        raise ValueError(f"task={task.name} has the labels {wanted}, the model's head {', '.join(named)}")
-    if named != list(task.label_names):
-        raise ValueError(f"task={task.name} orders its labels {wanted}, the model {', '.join(named)}")
+    task.check_label_names(model.config.id2label, "the model's head")
 
 
 def scorer(task: Task, tokenizer, max_length: int) -> Callable[[PreTrainedModel], float]:

@@ -301,7 +301,7 @@ def test_a_task_with_the_same_labels_in_another_order_is_refused(model, data, tm
     flipped = changed(model, tmp_path / "flipped", **labels)
     words = ["--max-length", "32", "--eval", "sst2", "--data", str(data), "--out", "small"]
     assert main(["compress-embeddings", str(flipped), *words]) == 2
-    assert "orders its labels negative, positive, the model positive, negative" in capsys.readouterr().err
+    assert "orders its labels negative, positive, the model's head positive, negative" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

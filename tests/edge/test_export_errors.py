@@ -91,3 +91,9 @@ def test_executorch_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "executorch", None)
     with pytest.raises(ValueError, match="executorch is not installed: pip install executorch"):
         Export("no such model", str(tmp_path / "m.pte"), to="executorch")
+
+
+def test_a_model_that_is_not_there_is_named_whatever_it_looks_like(tmp_path):
+    with pytest.raises(ValueError, match=f"model={tmp_path}/none is no model: no such folder"):
+        export(str(tmp_path / "none"), str(tmp_path / "out" / "model.onnx"))
+    assert not (tmp_path / "out").exists()

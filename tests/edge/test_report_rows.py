@@ -1,11 +1,12 @@
 """Rows before anything runs: names, modes, which row is another's fp32 self, and which task fits."""
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
 
+from fastkd.data import Task
 from fastkd.edge.report_accuracy import check_task, fill_accuracy
 from fastkd.edge.report_rows import fill_speedups, rows_of
 from fastkd.edge.report_schema import Cell
@@ -111,7 +112,7 @@ def test_speed_ups_are_against_the_teacher_cell_by_cell(artifact):
 
 
 def task(names=("negative", "positive"), metrics=("accuracy",), labels=(0, 1, 1, 0), found=0.75):
-    return SimpleNamespace(
+    made = SimpleNamespace(
         name="sst2",
         regression=not names,
         num_labels=len(names) or 1,
@@ -120,6 +121,8 @@ def task(names=("negative", "positive"), metrics=("accuracy",), labels=(0, 1, 1,
         validation={"label": list(labels)},
         compute_metrics=lambda of: {metrics[0]: float((of.predictions.argmax(1) == of.label_ids).mean())},
     )
+    made.check_label_names = MethodType(Task.check_label_names, made)
+    return made
 
 
 def scored(artifact_task="sequence-classification", labels=2, id2label=None):
@@ -146,6 +149,7 @@ def test_a_task_that_fits_is_taken():
             "task=sst2 is a sequence-classification; model.onnx is a model for regression",
         ),
         (scored(id2label={0: "positive", 1: "negative"}), task(), "orders its labels negative, positive, model.onnx"),
+        (scored(id2label={0: "spam", 1: "ham"}), task(), "has the labels negative, positive, model.onnx spam, ham"),
     ],
 )
 def test_a_task_whose_labels_do_not_fit_is_refused(artifact, task, message):
