@@ -134,12 +134,14 @@ class Table:
         return self._train[name]
 
     def general(self, shape: str) -> Path:
-        """The student of a shape, distilled on the corpus and the sentences of all four tasks, with its maps."""
+        """The student of a shape, distilled on the corpus and the sentences of all four tasks, with its maps. It sees
+        no labels, so one serves the choices on held-out data and the table."""
         recipe = self.sources.recipes[shape]
-        folder = self.folder / f"general-{shape}-{_digest(_general_settings(recipe))}"
+        folder = self.folder.parent / f"general-{shape}-{_digest(_general_settings(recipe))}"
         if not is_done(folder):
             config = dataclasses.replace(recipe.configs()["general"], output_dir=str(folder))
-            sentences = concatenate_datasets([task_sentences(self.task(name)) for name in TASKS])
+            tasks = [load_task(name, recipe.data) for name in TASKS]
+            sentences = concatenate_datasets([task_sentences(task) for task in tasks])
             text = chunk_corpus(load_corpus([*recipe.corpus, sentences]), self.tokenizer, config.max_length)
             train_and_save(recipe.general_trainer(config, self.tokenizer, text), folder)
         return folder
