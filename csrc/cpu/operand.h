@@ -22,6 +22,7 @@ struct Tokens {
   const int32_t* order = nullptr; // the positions of the valid tokens; nullptr where they are 0, 1, 2, ...
   int64_t count = 0;
   int64_t width = 0;
+  int64_t bytes = 0; // of the channels
 
   char* at(int64_t token) const {
     return first + (order ? order[token] : token) * stride;
@@ -48,9 +49,9 @@ template <bool kForStore>
 void prefetch(const Tokens& tokens, int64_t token) {
   if (token < tokens.count) {
     const char* row = tokens.at(token);
-    const int64_t bytes = tokens.width * static_cast<int64_t>(c10::elementSize(tokens.dtype));
-    for (int64_t offset = 0; offset < bytes; offset += 64) {
+    for (int64_t offset = 0; offset < tokens.bytes; offset += 64) {
       __builtin_prefetch(row + offset, kForStore, /*locality*/ 2);
+      asm volatile("" ::"r"(row)); // GCC takes a loop that does nothing else for an empty one
     }
   }
 }
@@ -132,12 +133,12 @@ struct Gradient<float> {
     columns = rows = in_place;
   }
 
-  void store(int64_t row, int64_t column, const Vec& even, const Vec& odd) {
+  void store(int64_t row, int64_t column, const Vec& even, const Vec& odd) const {
     even.store(rows + row * kTile + column);
     odd.store(rows + (row + 1) * kTile + column);
   }
 
-  void pack(int64_t /*m*/, int64_t /*n*/, float* g) {
+  void pack(int64_t /*m*/, int64_t /*n*/, float* g, bool /*columns*/) {
     begin(g);
   }
 

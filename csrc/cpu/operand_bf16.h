@@ -26,6 +26,15 @@ inline __m256i load16(const BFloat16* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
+// A row of a head is too short for the call that std::memcpy is.
+inline void copy(const BFloat16* from, int64_t width, BFloat16* to) {
+  int64_t c = 0;
+  for (; c + 16 <= width; c += 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c), load16(from + c));
+  }
+  std::memcpy(to + c, from + c, (width - c) * sizeof(BFloat16));
+}
+
 template <>
 struct Packing<BFloat16> {
   explicit Packing(int64_t width)
@@ -40,7 +49,7 @@ struct Packing<BFloat16> {
     const int64_t count = std::min(kTile, tokens.count - begin);
     const int64_t rows = (count + 31) / 32 * 32; // both sides of a transpose in pairs are multiples of 16 pairs
     for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(left + i * left_ld, tokens.at(begin + i), tokens.width * sizeof(BFloat16));
+      copy(reinterpret_cast<const BFloat16*>(tokens.at(begin + i)), tokens.width, left + i * left_ld);
       std::fill(left + i * left_ld + tokens.width, left + (i + 1) * left_ld, BFloat16(0.f));
     }
     std::fill(left + count * left_ld, left + rows * left_ld, BFloat16(0.f));
@@ -86,17 +95,19 @@ struct Gradient<BFloat16> {
 
   void begin(float* /*in_place*/) {}
 
-  void store(int64_t row, int64_t column, const Vec& even_row, const Vec& odd_row) {
+  void store(int64_t row, int64_t column, const Vec& even_row, const Vec& odd_row, bool in_columns = true) const {
     const auto even = (__m256i)_mm512_cvtneps_pbh(even_row), odd = (__m256i)_mm512_cvtneps_pbh(odd_row);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + row * kTile + column), even);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + (row + 1) * kTile + column), odd);
-    interleave(even, odd, columns + row * kTile + 2 * column);
+    if (in_columns) {
+      interleave(even, odd, columns + row * kTile + 2 * column);
+    }
   }
 
-  void pack(int64_t m, int64_t n, const float* g) {
+  void pack(int64_t m, int64_t n, const float* g, bool in_columns) const {
     for (int64_t row = 0; row < m; row += 2) {
       for (int64_t c = 0; c < n; c += Vec::size()) {
-        store(row, c, Vec::loadu(g + row * kTile + c), Vec::loadu(g + (row + 1) * kTile + c));
+        store(row, c, Vec::loadu(g + row * kTile + c), Vec::loadu(g + (row + 1) * kTile + c), in_columns);
       }
     }
   }

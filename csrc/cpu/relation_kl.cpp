@@ -38,7 +38,8 @@ struct Batch {
             x.scalar_type(),
             order ? order + sequence * order_stride : nullptr,
             lengths[sequence],
-            width};
+            width,
+            width * bytes};
   }
 };
 
@@ -50,7 +51,7 @@ void check(const Batch& batch, const Tensor& x) {
   }
 }
 
-// The gradient of padding is zero. Padded tensors are cleared head by head, packed ones only where rows are left over.
+// The gradient of padding is zero. Padded tensors are cleared sequence by sequence, packed ones only where rows are left.
 Tensor new_gradient(const MaybeTensor& of, const Batch& batch) {
   Tensor grad = at::empty(of->sizes(), of->options().memory_format(at::MemoryFormat::Contiguous));
   if (grad.dim() == 2 && std::accumulate(batch.lengths, batch.lengths + batch.size, int64_t{0}) < grad.size(0)) {
@@ -59,9 +60,9 @@ Tensor new_gradient(const MaybeTensor& of, const Batch& batch) {
   return grad;
 }
 
-void clear_padding(const Tokens& grad, int64_t positions) {
+void clear_padding(const Tokens& grad, int64_t num_heads, int64_t positions) { // given the first head, clears all
   for (int64_t i = grad.count; grad.first && i < positions; ++i) {
-    std::memset(grad.at(i), 0, grad.width * c10::elementSize(grad.dtype));
+    std::memset(grad.at(i), 0, grad.bytes * num_heads);
   }
 }
 
@@ -87,7 +88,8 @@ Plan plan_of(const Relation& relation) {
 // not depend on which. A thread takes several neighbouring heads at once, whose channels lie side by side, as long as
 // enough are left for the others.
 template <typename Element, typename HeadOf>
-std::vector<double> run_heads(const Relation& relation, int64_t tasks, int64_t padded_length, const HeadOf& head_of) {
+std::vector<double> run_heads(const Relation& relation, int64_t tasks, int64_t num_heads, int64_t padded_length,
+                              const HeadOf& head_of) {
   using Strip = StripForm<Element>;
   using Symmetric = SymmetricForm<Element>;
   const bool symmetric = !relation.cross && !relation.causal;
@@ -114,9 +116,13 @@ std::vector<double> run_heads(const Relation& relation, int64_t tasks, int64_t p
         break;
       }
       for (int64_t task = begin; task < end; ++task) {
-        const Head head = head_of(task), next = task + 1 < end ? head_of(task + 1) : Head();
-        clear_padding(head.grad, padded_length);
-        clear_padding(head.grad_right, padded_length);
+        // Behind the last of these, the next that nobody has taken so far: mostly this thread does.
+        const int64_t following = task + 1 < end ? task + 1 : taken.load();
+        const Head head = head_of(task), next = following < tasks ? head_of(following) : Head();
+        if (task % num_heads == 0) {
+          clear_padding(head.grad, num_heads, padded_length);
+          clear_padding(head.grad_right, num_heads, padded_length);
+        }
         if (head.student.count > 0) {
           const std::optional<double> divergence = half ? half->run(head, next) : std::nullopt;
           divergences[task] = divergence ? *divergence : strip.run(head);
@@ -175,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Mayb
   const int64_t tasks = batch.size * num_heads, padded_length = student.dim() == 3 ? student.size(1) : 0;
   const bool in_bf16 = kBf16Tiles && student.scalar_type() == at::kBFloat16 && teacher.scalar_type() == at::kBFloat16;
   const std::vector<double> divergences = in_bf16
-      ? run_heads<std::conditional_t<kBf16Tiles, c10::BFloat16, float>>(relation, tasks, padded_length, head_of)
-      : run_heads<float>(relation, tasks, padded_length, head_of);
+      ? run_heads<std::conditional_t<kBf16Tiles, c10::BFloat16, float>>(relation, tasks, num_heads, padded_length, head_of)
+      : run_heads<float>(relation, tasks, num_heads, padded_length, head_of);
 
   // Summed over heads in their order, so that the loss is the same for every number of threads.
   for (int64_t i = 0; i < batch.size; ++i) {

@@ -197,7 +197,7 @@ class StripForm {
   void backward(int64_t first, int64_t last) {
     tiles_.begin_row_gradients(first);
     for_each_tile(first, last, [&](int64_t i, int64_t j) {
-      tiles_.gradient.pack(tiles_.side(i), tiles_.side(j), difference(i, j, sums_[i - first]));
+      tiles_.gradient.pack(tiles_.side(i), tiles_.side(j), difference(i, j, sums_[i - first]), true);
       tiles_.add_gradients(i, j, true);
     });
     tiles_.end_row_gradients(last);

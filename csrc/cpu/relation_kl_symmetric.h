@@ -9,6 +9,8 @@
 // (G + Gᵀ)_ij = E_ij (v_j / Z_i + v_i / Z_j) − the teacher's, again symmetric, one product where G and Gᵀ take two.
 #pragma once
 
+#include <limits>
+#include <numeric>
 #include <optional>
 
 #include "relation_head.h"
@@ -43,6 +45,9 @@ class SymmetricForm {
     next_ = next;
     grad_ = head.grad;
     count_ = head.student.count;
+    asked_ = 0;
+    const int64_t tiles = tiles_.tiles(), steps = tiles * (tiles + 1) / 2 * (std::min(padded(count_), kTile) / kRows);
+    tokens_per_step_ = (std::max(count_, next.student.count) + steps - 1) / steps;
     if (!weigh_tokens()) {
       return std::nullopt;
     }
@@ -50,7 +55,6 @@ class SymmetricForm {
     const double divergence = finish();
     if (tiles_.relation.with_grad) {
       for_each_group([&](int64_t first, int64_t last) { backward(first, last); });
-      tiles_.end_column_gradients();
     }
     return divergence;
   }
@@ -109,11 +113,10 @@ class SymmetricForm {
     }
     float tops[2];
     for (Side* side : {&student_, &teacher_}) {
-      const auto [low, high] = std::minmax_element(side->half, side->half + count_);
-      if (!((*high - *low) * side->scale <= kWidestSpread)) { // true for NaN as well
+      const float top = top_of(side->half, 1.f), low = -top_of(side->half, -1.f);
+      if (!((top - low) * side->scale <= kWidestSpread)) { // true for NaN as well
         return false;
       }
-      const float top = *high;
       tops[side == &teacher_] = top;
       for (int64_t c = 0; c < padded(count_); c += Vec::size()) {
         const Vec weight = exp2_of_negative((Vec::loadu(side->half + c) - Vec(top)) * Vec(side->scale));
@@ -130,6 +133,16 @@ class SymmetricForm {
     return true;
   }
 
+  // The largest of sign · x over the tokens.
+  float top_of(const float* x, float sign) const {
+    const Vec lowest(-std::numeric_limits<float>::infinity());
+    Vec top = lowest;
+    for (int64_t c = 0; c < count_; c += Vec::size()) {
+      top = at::vec::clamp_min(Vec::blendv(lowest, Vec::loadu(x + c) * Vec(sign), first_lanes(count_ - c)), top);
+    }
+    return largest_of(top);
+  }
+
   void forward(int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       lanes_[i - first].clear();
@@ -141,11 +154,11 @@ class SymmetricForm {
       accumulate(i, j, lanes_[i - first]);
     });
     for (int64_t i = first; i < last; ++i) {
-      for (int64_t row = 0; row < tiles_.tokens(i); ++row) {
-        const LaneSums& lanes = lanes_[i - first];
-        student_.sum[i * kTile + row] += sum_of(Vec::loadu(lanes.student + row * Vec::size()));
-        teacher_.sum[i * kTile + row] += sum_of(Vec::loadu(lanes.teacher + row * Vec::size()));
-        weighted_sum_[i * kTile + row] += sum_of(Vec::loadu(lanes.weighted + row * Vec::size()));
+      const LaneSums& lanes = lanes_[i - first];
+      for (int64_t row = 0; row < tiles_.side(i); row += Vec::size()) {
+        add(sums_of_rows(lanes.student + row * Vec::size()), student_.sum + i * kTile + row);
+        add(sums_of_rows(lanes.teacher + row * Vec::size()), teacher_.sum + i * kTile + row);
+        add(sums_of_rows(lanes.weighted + row * Vec::size()), weighted_sum_ + i * kTile + row);
       }
     }
   }
@@ -167,14 +180,12 @@ class SymmetricForm {
   // but for the blocks on the diagonal, which hold each pair twice, so that their rows are enough.
   void accumulate(int64_t i, int64_t j, LaneSums& lanes) {
     for (int64_t row = 0; row < tiles_.side(i); row += kRows) {
-      if (i == j) {
-        for (int64_t token = i * kTile + row; token < i * kTile + row + kRows; ++token) {
-          prefetch<false>(next_.student, token);
-          prefetch<false>(next_.teacher, token);
-          prefetch<true>(grad_, token);
-        }
-      }
       accumulate_rows(i, j, row, lanes);
+      for (const int64_t end = asked_ + tokens_per_step_; asked_ < end; ++asked_) {
+        prefetch<false>(next_.student, asked_);
+        prefetch<false>(next_.teacher, asked_);
+        prefetch<true>(grad_, asked_);
+      }
     }
   }
 
@@ -234,17 +245,18 @@ class SymmetricForm {
   // The divergence of all rows: Σ_j P_ij (log P_ij − log S_ij), where log2 P_ij is the exponent of E_ij plus those of v_j
   // and 1 / Z_i. Sums are taken relative to the row's own weight, which is the largest term of most rows.
   double finish() {
-    const float inverse_root = 1.f / std::sqrt(static_cast<float>(tiles_.relation.student_width));
-    double divergence = 0;
-    for (int64_t row = 0; row < count_; ++row) {
-      const float student = student_.sum[row] / student_.weight[row], teacher = teacher_.sum[row] / teacher_.weight[row];
-      divergence += 0.69314718f * (weighted_sum_[row] / teacher_.sum[row] - offset_[row]) + std::log(student / teacher);
-      student_.inverse[row] = inverse_root / student_.sum[row];
-      teacher_.inverse[row] = inverse_root / teacher_.sum[row];
+    const Vec inverse_root(1.f / std::sqrt(static_cast<float>(tiles_.relation.student_width)));
+    for (int64_t row = 0; row < padded(count_); row += Vec::size()) {
+      const Vec valid = first_lanes(count_ - row);
+      const Vec student_sum = Vec::loadu(student_.sum + row), teacher_sum = Vec::loadu(teacher_.sum + row);
+      const Vec student = student_sum / Vec::loadu(student_.weight + row);
+      const Vec teacher = teacher_sum / Vec::loadu(teacher_.weight + row);
+      const Vec mean = Vec::loadu(weighted_sum_ + row) / teacher_sum - Vec::loadu(offset_ + row);
+      at::vec::fmadd(mean, Vec(0.69314718f), (student / teacher).log()).store(weighted_sum_ + row);
+      (inverse_root / student_sum & valid).store(student_.inverse + row);
+      (inverse_root / teacher_sum & valid).store(teacher_.inverse + row);
     }
-    std::fill(student_.inverse + count_, student_.inverse + padded(count_), 0.f);
-    std::fill(teacher_.inverse + count_, teacher_.inverse + padded(count_), 0.f);
-    return divergence;
+    return std::accumulate(weighted_sum_, weighted_sum_ + count_, 0.0);
   }
 
   void backward(int64_t first, int64_t last) {
@@ -263,7 +275,7 @@ class SymmetricForm {
       }
       tiles_.add_gradients(i, j, i != j);
     });
-    tiles_.end_row_gradients(last);
+    tiles_.end_gradients(last);
   }
 
   void exponentiate(int64_t i, int64_t j, float* student, float* teacher) {
@@ -284,14 +296,14 @@ class SymmetricForm {
   // (G + Gᵀ) / √d of tile (i, j), off the diagonal.
   void difference(int64_t i, int64_t j, float* student, const float* teacher) {
     tiles_.gradient.begin(student);
+    const Gradient<Element> gradient = tiles_.gradient; // in registers: a member is read again after every store
     for (int64_t c = 0; c < tiles_.side(j); c += Vec::size()) {
       const Columns columns(*this, j * kTile + c);
-#pragma GCC unroll 2
       for (int64_t row = 0; row < tiles_.side(i); row += 2) {
         const int64_t r = i * kTile + row;
         const float* s = student + row * kTile + c;
         const float* t = teacher + row * kTile + c;
-        tiles_.gradient.store(row, c, columns.difference(r, s, t), columns.difference(r + 1, s + kTile, t + kTile));
+        gradient.store(row, c, columns.difference(r, s, t), columns.difference(r + 1, s + kTile, t + kTile));
       }
     }
   }
@@ -309,32 +321,31 @@ class SymmetricForm {
       const float* right = student + block * kTile + block + 16;
       transpose(16, tiles_.side(i) - block - 16, right, kTile, student + (block + 16) * kTile + block, kTile);
     }
-    tiles_.gradient.pack(tiles_.side(i), tiles_.side(i), student);
+    tiles_.gradient.pack(tiles_.side(i), tiles_.side(i), student, /*columns*/ false);
   }
 
   // What a vector of columns brings to the gradient.
   struct Columns {
     Columns(const SymmetricForm& form, int64_t column)
-        : form(form),
-          s_weight(Vec::loadu(form.student_.weight + column)),
-          s_inverse(Vec::loadu(form.student_.inverse + column)),
-          t_weight(Vec::loadu(form.teacher_.weight + column)),
-          t_inverse(Vec::loadu(form.teacher_.inverse + column)) {}
+        : student(form.student_),
+          teacher(form.teacher_),
+          s_weight(Vec::loadu(student.weight + column)),
+          s_inverse(Vec::loadu(student.inverse + column)),
+          t_weight(Vec::loadu(teacher.weight + column)),
+          t_inverse(Vec::loadu(teacher.inverse + column)) {}
 
     // Where they meet `row`, from the exponentials there.
-    Vec difference(int64_t row, const float* student, const float* teacher) const {
-      const Vec s_factor =
-          at::vec::fmadd(s_weight, Vec(form.student_.inverse[row]), s_inverse * Vec(form.student_.weight[row]));
-      const Vec t_factor =
-          at::vec::fmadd(t_weight, Vec(form.teacher_.inverse[row]), t_inverse * Vec(form.teacher_.weight[row]));
-      return at::vec::fmsub(Vec::loadu(student), s_factor, Vec::loadu(teacher) * t_factor);
+    Vec difference(int64_t row, const float* s, const float* t) const {
+      const Vec s_factor = at::vec::fmadd(s_weight, Vec(student.inverse[row]), s_inverse * Vec(student.weight[row]));
+      const Vec t_factor = at::vec::fmadd(t_weight, Vec(teacher.inverse[row]), t_inverse * Vec(teacher.weight[row]));
+      return at::vec::fmsub(Vec::loadu(s), s_factor, Vec::loadu(t) * t_factor);
     }
 
-    const SymmetricForm& form;
+    const Side student, teacher; // copies, in registers
     const Vec s_weight, s_inverse, t_weight, t_inverse;
   };
 
-  static constexpr int64_t kRows = 4; // whose row sums and common column sums fit in the registers
+    static constexpr int64_t kRows = 4; // whose row sums and common column sums fit in the registers
 
   HeadTiles<Element> tiles_;
   Head next_;
@@ -347,6 +358,8 @@ class SymmetricForm {
   float* weighted_sum_;
   std::vector<LaneSums> lanes_;
   int64_t count_ = 0;
+  int64_t asked_ = 0; // tokens of the next head
+  int64_t tokens_per_step_ = 0; // to ask for with every kRows rows of a tile
 };
 
 } // namespace

@@ -162,6 +162,26 @@ inline float sum_of(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, x);
 }
 
+// Lane i = the sum of row i of a square block as wide as a vector. Interleaving halves the number of vectors, and moves one
+// bit of the row's number into the lane's.
+inline Vec sums_of_rows(const float* block) {
+  constexpr int kLanes = Vec::size();
+  Vec rows[kLanes];
+#pragma GCC unroll kLanes
+  for (int i = 0; i < kLanes; ++i) {
+    rows[i] = Vec::loadu(block + i * kLanes);
+  }
+#pragma GCC unroll kLanes
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll kLanes
+    for (int i = 0; i < half; ++i) {
+      const auto [low, high] = at::vec::interleave2(rows[i], rows[i + half]);
+      rows[i] = low + high;
+    }
+  }
+  return rows[0];
+}
+
 inline float largest_of(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return at::vec::clamp_min(a, b); }, x);
 }
