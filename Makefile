@@ -31,7 +31,7 @@ gpu-build: $(STAMP)
 endif
 GPU_JOBS ?= 8
 GPU_SHAPES ?= small
-GPU_OPS ?= relation_kl sparse_embedding cos_nce
+GPU_OPS ?= relation_kl sparse_embedding cos_nce attribution_distance
 SANITIZED := tests/ops/test_relation_kl.py tests/ops/test_sparse_embedding.py tests/ops/test_cos_nce.py \
   -k "cuda and not reference and (both_operands or peaked or differ_in_dtype or storage_format or any_mask)"
 
@@ -57,7 +57,8 @@ gpu-sanitize: gpu-build
 gpu-bench: gpu-build
 	for op in $(GPU_OPS); do $(GPU_PYTHON) -m fastkd.cli bench kernels --op $$op --device cuda --shapes $(GPU_SHAPES) \
 	  --anyway --out benchmarks/results || exit 1; done
-	$(GPU_PYTHON) -m fastkd.cli bench step --recipe arc --device cuda --anyway --out benchmarks/results
+	for recipe in arc egkd; do $(GPU_PYTHON) -m fastkd.cli bench step --recipe $$recipe --device cuda --anyway \
+	  --out benchmarks/results || exit 1; done
 
 # torch comes first and the build is not isolated: the compiled part belongs to the torch that is installed.
 $(STAMP): $(SOURCES)

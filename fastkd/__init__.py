@@ -9,14 +9,17 @@ import importlib
 from fastkd import losses, ops
 from fastkd.embeddings import registration
 from fastkd.ops import cos_nce, relation_kl, sparse_embedding, use_backend
+from fastkd.registration import on_import
 
 __version__ = "0.1.0"
 
 registration.register()  # lets from_pretrained load models with a SparseEmbedding
+on_import("transformers.models.auto.modeling_auto", "fastkd.models.bilstm")  # and BiLSTM students
 
 _ON_FIRST_USE = {
     "tap": "fastkd.models",
     "create_student": "fastkd.models",
+    "create_bilstm": "fastkd.models",
     "ReplaceableEncoder": "fastkd.models",
     "SparseCode": "fastkd.embeddings",
     "SparseEmbedding": "fastkd.embeddings",

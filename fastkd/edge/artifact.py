@@ -147,13 +147,16 @@ class Artifact:
 def open_artifact(path: str | Path) -> Artifact:
     """The artifact at `path`: a transformers folder, an .onnx, .xml, .pt2 or .pte file.
 
-    Raises ValueError where there is nothing, where it is neither, or where config.json or the weights are missing.
+    Raises ValueError where there is nothing, where it is neither or a BiLSTM, or where config.json or the weights are
+    missing.
     """
     found = Path(path).expanduser()
     if found.is_dir():
         if not (found / "config.json").is_file() or not any(found.glob("*.safetensors")):
             raise ValueError(f"{path} is no model's folder: config.json and *.safetensors are needed")
         folder = Artifact(found, "torch", "fp32")
+        if folder.config().model_type == "bilstm":
+            raise ValueError(f"{path} is a BiLSTM; models of transformers are exported and measured")
         return replace(folder, precision=_precision(folder.config()))
     if not found.is_file():
         raise ValueError(f"{path}: no such file or folder")

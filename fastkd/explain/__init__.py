@@ -7,11 +7,19 @@ Every attribution gives scores (B, L), 0 in padding, of one class for each examp
 - feature selection: a `Selector`, trained once by `train_selector`, and its k best tokens.
 
 How the recipe `egkd` calls them, once for the teacher and at every step for the student, stands in
-docs/methods/egkd.md.
+`fastkd/recipes/egkd_branches.py`.
 """
 
-from fastkd.explain.central_difference import central_difference
-from fastkd.explain.classifier import Classifier, rows_of, valid_tokens
+from fastkd.explain.align import (
+    WordAlignment,
+    check_tokenizers,
+    pad_words,
+    tokens_of_words,
+    word_mask,
+    word_scores,
+)
+from fastkd.explain.central_difference import DistanceTo, central_difference
+from fastkd.explain.classifier import Classifier, maskable_tokens, rows_of, valid_tokens
 from fastkd.explain.consistency import Consistency, consistency
 from fastkd.explain.fingerprint import Fingerprint
 from fastkd.explain.gradient import (
@@ -33,13 +41,16 @@ from fastkd.explain.stored import TeacherResults, compute_results
 __all__ = [
     "Classifier",
     "Consistency",
+    "DistanceTo",
     "Fingerprint",
     "GradientSettings",
     "MaskPool",
     "Selector",
     "SelectorSettings",
     "TeacherResults",
+    "WordAlignment",
     "central_difference",
+    "check_tokenizers",
     "compute_results",
     "consistency",
     "distance",
@@ -49,14 +60,19 @@ __all__ = [
     "hard_top_k",
     "integrated_gradients",
     "linear_explanation",
+    "maskable_tokens",
     "masked_logits",
     "normalise",
     "occlusion",
+    "pad_words",
     "relaxed_top_k",
     "rows_of",
     "saliency",
     "side_by_side",
+    "tokens_of_words",
     "train_selector",
     "twice_differentiable",
     "valid_tokens",
+    "word_mask",
+    "word_scores",
 ]

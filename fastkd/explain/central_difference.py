@@ -17,6 +17,7 @@ relative step: 1e-2, where the error of the difference (s²) and that of roundin
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,31 +32,43 @@ from fastkd.explain.gradient import (
     with_gradient,
 )
 from fastkd.explain.target import Target, class_scores, single, target_classes
+from fastkd.ops import attribution_distance
 
 STEP = 1e-2
 _STEP_IN_HALF = 2**-6  # in bf16 or fp16 a smaller difference of J drowns in rounding
+
+
+@dataclass(frozen=True)
+class DistanceTo:
+    """The `distance` of kind "l2", "l1" or "smooth_l1" to a teacher's scores (B, L), or (B, C, L) of every class, of
+    the same settings: computed from e and G by the fused op `attribution_distance`. A sequence whose G is not finite
+    makes it NaN and gets no gradient from it."""
+
+    teacher: Tensor
+    kind: str = "l2"
 
 
 def central_difference(
     classifier: Classifier,
     inputs: Inputs,
     settings: GradientSettings,
-    distance: Callable[[Tensor], Tensor],
+    distance: DistanceTo | Callable[[Tensor], Tensor],
     *,
     target: Target = "predicted",
     step: float = STEP,
     batch_size: int = 256,
     watched: tuple[Watched, Tensor] | None = None,
 ) -> Tensor:
-    """`distance(scores)`, a scalar whose backward gives what double backward through `gradient_attribution(...,
+    """The distance of the scores, a scalar whose backward gives what double backward through `gradient_attribution(...,
     create_graph=True)` gives, up to O(step²), from two further first-order passes for each class.
 
-        loss = central_difference(student, inputs, settings, lambda a: distance(a, teacher, mask), target=classes)
+        loss = central_difference(student, inputs, settings, DistanceTo(teacher_scores), target=classes)
         loss.backward()
 
     Args:
         classifier, inputs, settings, target, batch_size: as `gradient_attribution` takes them.
-        distance: of the scores, (B, L), or (B, C, L) where every class is explained, as a scalar.
+        distance: that to a teacher's scores; or any function of the scores, (B, L), or (B, C, L) where every class is
+            explained, that gives a scalar.
         step: s, relative to the size of a sequence's embeddings; in bf16 and fp16 2⁻⁶ at least.
         watched: what `Classifier.watch` saw of a forward of the same inputs, and that forward's logits (B, C), with
             their graphs. Its gradient then needs no forward of its own: only a backward to the embeddings. For methods
@@ -90,8 +103,7 @@ def central_difference(
                 scores = class_scores(watched[1], classes, settings.score)
                 gradient = gradients_of(scores, embeddings, keep_graph=True)
             gradient = gradient.detach().requires_grad_()
-            scores = scores_of(settings, gradient, embeddings, baseline, valid_tokens(inputs))
-            loss = distance(scores[:, 0] if single(target) else scores)
+            loss = _distance(distance, settings, gradient, embeddings, baseline, valid_tokens(inputs), single(target))
             [pull] = torch.autograd.grad(loss, gradient, retain_graph=True)
             direction, rate = _scaled(pull, embeddings, valid_tokens(inputs), step)
             moved = 0
@@ -105,6 +117,31 @@ def central_difference(
                         moved = moved + sign * (rate[:, k].repeat(times) * value).sum() / settings.steps
     # Has the value of the distance, and beside its gradient that of the difference.
     return loss + (moved - moved.detach()).to(loss.dtype)
+
+
+def _distance(
+    distance: DistanceTo | Callable[[Tensor], Tensor],
+    settings: GradientSettings,
+    gradient: Tensor,
+    embeddings: Tensor,
+    baseline: Tensor,
+    mask: Tensor,
+    alone: bool,
+) -> Tensor:
+    """Of G (B, K, L, D), e and e₀ (B, L, D) and the tokens (B, L); `alone`: K = 1, and the scores are (B, L)."""
+    if not isinstance(distance, DistanceTo):
+        scores = scores_of(settings, gradient, embeddings, baseline, mask)
+        return distance(scores[:, 0] if alone else scores)
+    moved = embeddings if settings.baseline == "zero" else embeddings - baseline
+    return attribution_distance(
+        gradient[:, 0] if alone else gradient,
+        None if settings.method == "saliency" else moved,
+        distance.teacher.detach(),
+        mask=mask,
+        reduce=settings.reduce,
+        norm=settings.norm,
+        kind=distance.kind,
+    )
 
 
 def _scaled(pull: Tensor, embeddings: Tensor, mask: Tensor, step: float) -> tuple[Tensor, Tensor]:

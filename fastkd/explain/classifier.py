@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 BASELINES = ("zero", "mask")
-_NOT_FOR_EXPLAINING = ("labels",)  # with which the model would compute a loss too
+# With labels the model would compute a loss too; words are for those who sum over them (fastkd.explain.align).
+_NOT_FOR_THE_MODEL = ("labels", "words")
 
 Inputs = Mapping[str, Tensor]
 
@@ -156,10 +157,7 @@ class Classifier:
 
     def maskable(self, inputs: Inputs) -> Tensor:
         """(B, L) bool: the tokens that a perturbation may take away, neither padding nor special."""
-        valid = valid_tokens(inputs)
-        if "input_ids" not in inputs or not self.special_ids:
-            return valid
-        return valid & ~torch.isin(inputs["input_ids"], torch.tensor(self.special_ids, device=valid.device))
+        return maskable_tokens(inputs, self.special_ids)
 
     def baseline(self, inputs: Inputs, kind: str, like: Tensor) -> Tensor:
         """e₀ (B, L, D) that stands for no information: "zero", or "mask": the embeddings of the sequence with [MASK] in
@@ -192,7 +190,7 @@ class Classifier:
         return logits
 
     def _run(self, inputs: Inputs):
-        inputs = {name: value for name, value in inputs.items() if name not in _NOT_FOR_EXPLAINING}
+        inputs = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
         if "inputs_embeds" in inputs and not _takes_embeddings(self.model):
             raise ValueError(
                 f"{type(self.model).__name__} offers no embeddings: its forward takes no inputs_embeds. Give input_ids "
@@ -213,6 +211,16 @@ def valid_tokens(inputs: Inputs) -> Tensor:
         return inputs["attention_mask"] != 0
     given = inputs.get("inputs_embeds", inputs.get("input_ids"))
     return torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+
+
+def maskable_tokens(inputs: Inputs, special_ids: Iterable[int]) -> Tensor:
+    """(B, L) bool: the tokens that are neither padding nor one of `special_ids`."""
+    valid = valid_tokens(inputs)
+    if "input_ids" not in inputs:
+        return valid
+    for special in special_ids:
+        valid = valid & (inputs["input_ids"] != special)
+    return valid
 
 
 def rows_of(inputs: Inputs, rows: Tensor) -> dict[str, Tensor]:

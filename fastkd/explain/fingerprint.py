@@ -35,11 +35,13 @@ class Fingerprint:
     settings: dict[str, Any]
 
     @staticmethod
-    def of(teacher: nn.Module | str | Path, tokenizer, data, settings: Mapping[str, Any]) -> Fingerprint:
+    def of(teacher: nn.Module | str | Path | None, tokenizer, data, settings: Mapping[str, Any]) -> Fingerprint:
         """teacher: the model, or the folder it was saved to: both have one fingerprint, and of a folder only the bytes
-        are read. tokenizer: one of transformers. data: rows with `COLUMNS`, a datasets.Dataset or mapping of lists."""
+        are read; None is one that is still to come. tokenizer: one of transformers. data: rows with `COLUMNS`, a
+        datasets.Dataset or mapping of lists."""
         plain = json.loads(json.dumps(dict(settings), sort_keys=True))
-        return Fingerprint(of_weights(teacher), of_tokenizer(tokenizer), of_data(data), plain)
+        weights = "" if teacher is None else of_weights(teacher)
+        return Fingerprint(weights, of_tokenizer(tokenizer), of_data(data), plain)
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -53,18 +55,26 @@ class Fingerprint:
             raise ValueError(f"no fingerprint: {error}") from error
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """What differs, in words; empty for equal ones. `self` is the stored one."""
+        """What differs, in words; empty for equal ones. `self` is the stored one, whose settings may say more; an
+        `other` of a teacher that is still to come agrees with any."""
         words = {"teacher": "the teacher (its weights)", "tokenizer": "the tokenizer", "data": "the data"}
         found = [
             f"{words[field.name]}: {getattr(self, field.name)[:12]} is stored, {getattr(other, field.name)[:12]} given"
             for field in fields(self)
-            if field.name in words and getattr(self, field.name) != getattr(other, field.name)
+            if field.name in words and getattr(other, field.name) not in ("", getattr(self, field.name))
         ]
-        for key in sorted(self.settings.keys() | other.settings.keys()):
+        for key in sorted(other.settings):
             pair = [part.settings.get(key, "nothing") for part in (self, other)]
             if pair[0] != pair[1]:
                 found.append(f"{key}: {pair[0]} is stored, {pair[1]} given")
         return found
+
+    def check(self, expected: Fingerprint, path) -> None:
+        """Raise a ValueError where this is not what the file at `path` should belong to."""
+        if differences := self.differences(expected):
+            raise ValueError(
+                f"{path} belongs to something else; {'; '.join(differences)}. Delete it to have it computed anew"
+            )
 
 
 def of_weights(teacher: nn.Module | str | Path) -> str:

@@ -210,12 +210,15 @@ def path(
 def scores_of(
     settings: GradientSettings, gradient: Tensor, embeddings: Tensor, baseline: Tensor, mask: Tensor
 ) -> Tensor:
-    """a (B, K, L), normalised, of G (B, K, L, D), e and e₀ (B, L, D) and the tokens (B, L); 0 in padding."""
+    """a (B, K, L), normalised, of G (B, K, L, D), e and e₀ (B, L, D) and the tokens (B, L); 0 in padding.
+    Where G is not finite, the scores of the sequence are NaN and give no gradient: they can be left out of a step."""
+    gradient = gradient.masked_fill(~mask[:, None, :, None], 0)
+    bad = ~gradient.isfinite().all(-1).all(-1, keepdim=True)
+    gradient = gradient.masked_fill(bad[..., None], 0)
     if settings.method != "saliency":
         gradient = gradient * (embeddings - baseline)[:, None]
-    gradient = gradient.masked_fill(~mask[:, None, :, None], 0)
     scores = gradient.sum(-1) if settings.reduce == "sum" else length(gradient)
-    return normalise(on_tokens(scores, mask), settings.norm)
+    return normalise(on_tokens(scores, mask), settings.norm).masked_fill(bad, torch.nan)
 
 
 def with_gradient(embeddings: Tensor) -> Tensor:

@@ -27,6 +27,6 @@ def twice_differentiable() -> Iterator[None]:
 @functools.cache
 def _tell_once() -> None:
     _logger.info(
-        "explanations with a second derivative run attention on the mathematical path: fused kernels have none. All "
-        "other passes keep the fused ones"
+        "explanations with a second derivative run attention on the mathematical path, and recurrent layers without "
+        "cuDNN: fused kernels have none. All other passes keep the fused ones"
     )

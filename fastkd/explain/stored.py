@@ -7,6 +7,7 @@ behind the other (T, ...), and how many each has (N,).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -65,15 +66,29 @@ class TeacherResults:
                 f"example {example} has {int(found[row])} tokens here and {int(self.tokens[example])} in the stored "
                 "results: it was cut to another length"
             )
-        ends = found.cumsum(0)
-        within = torch.arange(int(found.sum())) - (ends - found).repeat_interleave(found)
-        places = self._starts[examples].repeat_interleave(found) + within
+        places = self._places(examples)
         batch = {name: values[examples] for name, values in self.per_example.items()}
         for name, values in self.per_token.items():
             padded = values.new_zeros(*valid.shape, *values.shape[1:])
             padded[valid] = values[places]
             batch[name] = padded.movedim(1, -1)
         return batch
+
+    def select(self, examples: Tensor) -> TeacherResults:
+        """The results of these examples, (M,) rows of the data, in this order."""
+        places = self._places(examples)
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[examples],
+            per_example={name: values[examples] for name, values in self.per_example.items()},
+            per_token={name: values[places] for name, values in self.per_token.items()},
+        )
+
+    def _places(self, examples: Tensor) -> Tensor:
+        """Where the tokens of these examples lie, one behind the other."""
+        counts = self.tokens[examples]
+        within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        return self._starts[examples].repeat_interleave(counts) + within
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the file; one of that name is replaced once the new one is complete.
@@ -94,33 +109,40 @@ class TeacherResults:
             unfinished.unlink(missing_ok=True)
 
     @staticmethod
+    def fingerprint_of(path: str | os.PathLike) -> Fingerprint:
+        """What the results in a file belong to. Raises as `load`."""
+        return _read(path)[0]
+
+    @staticmethod
     def load(path: str | os.PathLike, expected: Fingerprint) -> TeacherResults:
-        """Read what `save` has written, for the teacher, tokenizer, data and settings of `expected`.
+        """Read what `save` has written, for the teacher, tokenizer, data and settings of `expected`; the file may hold
+        results of further settings.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: a file of another kind or cut short, or another fingerprint (what differs is named).
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no safetensors file, or not all of one: {error}") from error
-        if metadata.get("format") != _FORMAT or _COUNTS not in tensors:
-            raise ValueError(f"{path} holds no teacher results")
-        stored = Fingerprint.from_json(metadata["fingerprint"])
-        if differences := stored.differences(expected):
-            raise ValueError(
-                f"{path} belongs to something else; {'; '.join(differences)}. Delete it to have it computed anew"
-            )
+        stored, tensors = _read(path)
+        stored.check(expected, path)
         parts = {
             kind: {name.removeprefix(kind): values for name, values in tensors.items() if name.startswith(kind)}
             for kind in ("example.", "token.")
         }
         return TeacherResults(stored, tensors[_COUNTS], parts["example."], parts["token."])
+
+
+def _read(path: str | os.PathLike) -> tuple[Fingerprint, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no safetensors file, or not all of one: {error}") from error
+    if metadata.get("format") != _FORMAT or _COUNTS not in tensors:
+        raise ValueError(f"{path} holds no teacher results")
+    return Fingerprint.from_json(metadata["fingerprint"]), tensors
 
 
 def compute_results(
@@ -129,6 +151,7 @@ def compute_results(
     *,
     per_example: Mapping[str, Callable[[Inputs], Tensor]],
     per_token: Mapping[str, Callable[[Inputs], Tensor]],
+    mask: Callable[[Inputs], Tensor] = valid_tokens,
     dtype: torch.dtype = torch.float16,
 ) -> TeacherResults:
     """Run explainers over the data, once.
@@ -150,6 +173,7 @@ def compute_results(
         batches: padded inputs with attention_mask, in the order of the data.
         per_example: functions that give (B, ...).
         per_token: functions that give (B, L), or (B, C, L).
+        mask: gives (B, L) bool, what of it is kept: tokens, or words (`fastkd.explain.align`).
         dtype: floating results are stored in it; normalised scores and logits have room in fp16.
 
     Raises ValueError as the explainers do, for values that are NaN or infinite (the first example is named), and where
@@ -158,15 +182,15 @@ def compute_results(
     tokens, examples, each = [], {name: [] for name in per_example}, {name: [] for name in per_token}
     done = 0
     for inputs in batches:
-        mask = valid_tokens(inputs)
-        tokens.append(mask.sum(1).cpu())
+        valid = mask(inputs)
+        tokens.append(valid.sum(1).cpu())
         with torch.no_grad():
             for name, explain in per_example.items():
                 examples[name].append(_stored(name, explain(inputs), dtype, done))
             for name, explain in per_token.items():
                 by_token = _stored(name, explain(inputs), dtype, done).movedim(-1, 1)
-                each[name].append(by_token[mask.cpu()])
-        done += len(mask)
+                each[name].append(by_token[valid.cpu()])
+        done += len(valid)
     if not tokens:
         raise ValueError("there are no batches to compute results of")
     return TeacherResults(

@@ -1,6 +1,7 @@
-"""Models: taps into a running encoder, students made from a teacher, layer replacement."""
+"""Models: taps into a running encoder, students made from a teacher or of another architecture, layer replacement."""
 
 from fastkd.models.architectures import Architecture, register_architecture
+from fastkd.models.bilstm import BiLstmConfig, BiLstmForSequenceClassification, create_bilstm
 from fastkd.models.replacement import ReplaceableEncoder
 from fastkd.models.schedules import ReplacementSchedule, effective_rate
 from fastkd.models.student import create_student
@@ -8,9 +9,12 @@ from fastkd.models.tap import Taps, tap
 
 __all__ = [
     "Architecture",
+    "BiLstmConfig",
+    "BiLstmForSequenceClassification",
     "ReplaceableEncoder",
     "ReplacementSchedule",
     "Taps",
+    "create_bilstm",
     "create_student",
     "effective_rate",
     "register_architecture",

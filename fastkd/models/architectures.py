@@ -19,7 +19,7 @@ class Architecture:
 
     layers: the `nn.ModuleList` of layers, as seen from the base model (the model without its head).
     projections: the linear maps of query, key and value, as seen from a layer: three names, or one where a fused map
-        writes them side by side in this order.
+        writes them side by side in this order; none for an encoder without attention.
     embeddings: the module whose output is a vector for each token, as seen from the base model.
     ffn: the config field with the width of the feed-forward block.
     width: config fields that hold the width beside `hidden_size`.
@@ -36,7 +36,7 @@ class Architecture:
     droppable: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if len(self.projections) not in (1, 3):
+        if len(self.projections) not in (0, 1, 3):
             raise ValueError(
                 f"projections={self.projections!r}: give the names of the query, key and value projection, "
                 "or one name where a single linear map makes all three"
@@ -58,6 +58,7 @@ _ARCHITECTURES = {
         projections=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
         width=("pooler_hidden_size",),
     ),
+    "bilstm": Architecture(layers="layers", projections=()),
     # Layer 0 has no attn_norm: the embeddings end in a norm of their own.
     "modernbert": Architecture(
         layers="layers",
@@ -120,7 +121,10 @@ def embeddings_of(model: nn.Module) -> nn.Module:
 
 def projections_of(model: nn.Module, layer: nn.Module) -> dict[str, nn.Module]:
     """The modules whose outputs are query, key and value; the same module three times where they are fused."""
-    names = architecture_of(find_encoder(model).config).projections
+    config = find_encoder(model).config
+    names = architecture_of(config).projections
+    if not names:
+        raise ValueError(f"{config.model_type} has no attention: there are no queries, keys and values to tap")
     return {what: attrgetter(names[i % len(names)])(layer) for i, what in enumerate(("query", "key", "value"))}
 
 

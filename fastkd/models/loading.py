@@ -1,6 +1,8 @@
 """A model and its tokenizer by folder or hub id, with errors that name what was given."""
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
@@ -18,7 +20,7 @@ def load_model(path: str | Path) -> PreTrainedModel:
     Raises ValueError where there is none, or of a class that transformers does not have, or where a file of weights is
     damaged or does not fit config.json.
     """
-    try:
+    with named_if_missing(path):
         config = AutoConfig.from_pretrained(path)
         [name] = config.architectures or ["AutoModel"]
         if not hasattr(transformers, name):
@@ -31,12 +33,19 @@ def load_model(path: str | Path) -> PreTrainedModel:
             where = _file_of(tensor, path)
             raise ValueError(f"{tensor} has shape {tuple(stored)} in {where}, and {tuple(needed)} by config.json")
         return model
+
+
+@contextmanager
+def named_if_missing(path: str | Path, argument: str = "model") -> Iterator[None]:
+    """What goes wrong when a model is loaded from `path`, as a ValueError that names the argument and the cause."""
+    try:
+        yield
     except (OSError, ValueError, *_UNREADABLE) as error:
         what = "the folder holds none that loads" if Path(path).is_dir() else "no such folder, and none on the hub"
         why = _first_line(error)
         if isinstance(error, _UNREADABLE):
             why = _unreadable_file(path) or why
-        raise ValueError(f"model={path} is no model: {what} ({why})") from error
+        raise ValueError(f"{argument}={path} is no model: {what} ({why})") from error
 
 
 def _weight_files(folder: str | Path) -> list[Path]:
@@ -65,9 +74,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def load_tokenizer(path: str | Path):
-    """The tokenizer that lies beside a model. Raises ValueError if there is none."""
+def load_tokenizer(path: str | Path, argument: str = "model"):
+    """The tokenizer that lies beside a model. Raises ValueError, which names the argument, if there is none."""
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model={path} has no tokenizer that loads ({_first_line(error)})") from error
+        if (Path(path) / "config.json").is_file():
+            raise ValueError(f"{argument}={path} has no tokenizer that loads ({_first_line(error)})") from error
+        with named_if_missing(path, argument):
+            raise

@@ -42,6 +42,8 @@ def create_student(
     if not isinstance(teacher, PreTrainedModel):
         raise TypeError(f"teacher: a transformers model is needed, got {type(teacher).__name__}")
     architecture = architecture_of(teacher.config)
+    if not architecture.projections:
+        raise ValueError(f"a student of a {teacher.config.model_type} is not made from its layers; see create_bilstm")
     teacher_layers = layers_of(teacher)
     if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
         raise ValueError(f"layers={layers!r}: a student needs a whole number of layers, at least 1")

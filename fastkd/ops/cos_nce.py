@@ -302,7 +302,8 @@ def cos_nce(
             position; every process must bring the same M, L and D, and may bring any B. `mean` is the sum over its own
             samples · processes / B of all, so that the average over the processes, which is what
             DistributedDataParallel takes of gradients, is the mean of one process over the concatenated batch; `sum`
-            and `none` are of its own samples. With `exclude` the processes exchange their ids, and the host waits.
+            and `none` are of its own samples. With `exclude` the processes exchange their ids, and the host waits; M,
+            L and D are compared in that exchange.
         reduction: `"mean"` over the batch (samples without a token included) and sum over layers; `"sum"` over both; or
             `"none"`, (B,) or (M, B).
         backend: `"auto"`, `"reference"`, `"cpp"`, `"triton"`, `"cuda"`.
@@ -313,7 +314,8 @@ def cos_nce(
     Raises:
         ValueError, TypeError: a shape, dtype or option that does not fit, or a group without this process, before any
             work; on the CPU also a NaN or an infinity.
-        RuntimeError: an explicitly chosen backend cannot run, or a second derivative is asked for.
+        RuntimeError: an explicitly chosen backend cannot run, or a derivative is asked for that there is none of: a
+            second one, forward mode, or one by a transform of torch.func (vmap included).
     """
     per_token = vector_layout.check_vectors("cos_nce", student, teacher, mask, tokens)
     if reduction not in ("mean", "sum", "none"):
@@ -344,7 +346,7 @@ def cos_nce(
     counted = (exclude[0][:, None] != exclude[1]).T.to(s.device) if each_its_own and exclude is not None else valid
     classes = pairs.Classes(None, None, 0)
     if exclude is not None and not each_its_own:
-        classes = pairs.classes_of(*exclude, group, s.device)
+        classes = pairs.classes_of(*exclude, group, s)
     sums = _SUMS[chosen](pool, counted, classes.of_negatives, classes.count)
     counts = pairs.counts(pool, counted, classes, sums.dtype)
     weights, divisor = None, 1
@@ -365,5 +367,6 @@ def cos_nce(
     else:
         loss = _reduce(_LOSS[chosen](*call, False)[0], weights, divisor, per_token, reduced)
     if student.device.type == "cpu" and not torch.compiler.is_compiling():
-        vector_layout.check_finite(loss, {"student": student, "teacher": teacher, "negatives": negatives}, valid)
+        vectors = {"student": student, "teacher": teacher, "negatives": negatives}
+        vector_layout.check_finite(loss, vectors, valid, group)
     return loss if reduced or stacked else loss.squeeze(0)

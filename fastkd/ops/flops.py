@@ -8,6 +8,7 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+import fastkd.ops.attribution_distance
 import fastkd.ops.cos_nce
 import fastkd.ops.sparse_embedding  # noqa: F401  define ops that are looked up below
 from fastkd.ops.relation_kl import Call
@@ -68,3 +69,16 @@ def cos_nce_flops(student, *shapes, out_shape=None) -> int:
     """Two norms and two dot products of every row, and with a gradient a sum of three multiples."""
     with_grad = shapes[-1]
     return 2 * (4 + 3 * with_grad) * math.prod(student)
+
+
+_ATTRIBUTION_DISTANCE = [
+    getattr(torch.ops.fastkd, f"attribution_distance_{name}") for name in ("reference", "cpp", "triton")
+]
+
+
+@register_flop_formula(_ATTRIBUTION_DISTANCE)
+def attribution_distance_flops(gradient, inputs, *shapes, out_shape=None) -> int:
+    """Two multiplications and additions of every number for the scores, and two for each gradient wanted; a mask is not
+    visible in shapes."""
+    *_, gradient_wanted, inputs_wanted = shapes
+    return 2 * 2 * (1 + gradient_wanted + inputs_wanted) * math.prod(gradient)

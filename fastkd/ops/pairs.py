@@ -58,14 +58,17 @@ def check_member(group) -> None:
         raise TypeError(f"group must be a torch.distributed process group, not {type(group).__name__}")
 
 
-def classes_of(ids: Tensor, ids_of_negatives: Tensor | None, group, device: torch.device) -> Classes:
+def classes_of(ids: Tensor, ids_of_negatives: Tensor | None, group, vectors: Tensor) -> Classes:
     """The ids that need a sum of their own, numbered in ascending order.
 
     In a batch those are the ids that occur twice or more, in all processes of the group; beside explicit negatives
     those that occur among them.
+
+    Raises ValueError, in every process, where the processes bring vectors (M, N, L, D) that differ in more than N.
     """
+    device = vectors.device
     samples = ids.to(device if group is not None else ids.device, torch.int64)
-    numbered = (samples if group is None else _of_all_processes(samples, group).cpu()).sort().values
+    numbered = (samples if group is None else _of_all_processes(samples, vectors, group).cpu()).sort().values
     if ids_of_negatives is None:
         same = numbered[1:] == numbered[:-1]
         needed = torch.cat([same, same.new_zeros(1)]) | torch.cat([same.new_zeros(1), same])
@@ -92,14 +95,21 @@ def classes_of(ids: Tensor, ids_of_negatives: Tensor | None, group, device: torc
     return Classes(of_samples, of_samples if ids_of_negatives is None else classes(ids_of_negatives), most)
 
 
-def _of_all_processes(ids: Tensor, group) -> Tensor:
-    processes = dist.get_world_size(group)
-    sizes = [ids.new_zeros(1) for _ in range(processes)]
-    dist.all_gather(sizes, ids.new_full((1,), ids.shape[0]), group=group)
-    sizes = [int(size) for size in sizes]
+def _of_all_processes(ids: Tensor, vectors: Tensor, group) -> Tensor:
+    layers, _, *position = vectors.shape
+    brought = torch.tensor([ids.shape[0], layers, *position], device=ids.device)
+    all_brought = [torch.empty_like(brought) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(all_brought, brought, group=group)
+    sizes, shapes = zip(*((size, shape) for size, *shape in (each.tolist() for each in all_brought)), strict=True)
+    # Sums of different sizes would end the processes inside the all-reduce, without a word of why.
+    if other := next((rank for rank, shape in enumerate(shapes) if shape != shapes[0]), None):
+        raise ValueError(
+            f"the processes bring vectors of (layers, positions, width) {tuple(shapes[0])} in the first and "
+            f"{tuple(shapes[other])} in number {other}; only the number of samples may differ"
+        )
     padded = ids.new_zeros(max(sizes))
     padded[: ids.shape[0]] = ids
-    found = [torch.empty_like(padded) for _ in range(processes)]
+    found = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(found, padded, group=group)
     return torch.cat([ids[:size] for ids, size in zip(found, sizes, strict=True)])
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.ops import backends, sequences
+from fastkd.ops import backends, plain_tensors, sequences
 
 _library = torch.library.Library("fastkd", "FRAGMENT")
 
@@ -287,7 +287,8 @@ def relation_kl(
 
     Raises:
         ValueError, TypeError: a shape, dtype or option that does not fit, before any work; NaN in a CPU teacher.
-        RuntimeError: an explicitly chosen backend cannot run, or a second derivative is asked for.
+        RuntimeError: an explicitly chosen backend cannot run, or a derivative is asked for that there is none of: a
+            second one, forward mode, or one by a transform of torch.func (vmap included).
     """
     lefts, rights = _operands(student, teacher)
     _check_operands(lefts, rights, num_heads, cu_seqlens is not None)
@@ -331,6 +332,8 @@ def _operands(student, teacher) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         pair = tuple(given) if isinstance(given, (tuple, list)) else (given,)
         if len(pair) not in (1, 2) or not all(isinstance(x, Tensor) for x in pair):
             raise TypeError(f"{name} must be a tensor or a pair (left, right) of tensors, not {type(given).__name__}")
+        for x in pair:
+            plain_tensors.check_plain("relation_kl", name, x)
         # A last dimension that is not dense cannot be read in rows.
         pair = tuple(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in pair)
         lefts[name] = pair[0]
@@ -345,8 +348,6 @@ def _check_operands(lefts: dict[str, Tensor], rights: dict[str, Tensor], num_hea
     for side, tensors in (("left", lefts), ("right", rights)):
         for name, x in tensors.items():
             what = f"{name} ({side})" if rights else name
-            if type(x).__name__ == "DTensor":
-                raise TypeError(f"{what} is a DTensor; call relation_kl on the local tensor (x.to_local())")
             if x.dim() != dims:
                 raise ValueError(f"{what} has shape {tuple(x.shape)}; expected {form}")
             if not x.is_floating_point() or x.dtype not in (*_KERNEL_DTYPES, torch.float64):

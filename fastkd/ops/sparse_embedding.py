@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.ops import backends
+from fastkd.ops.plain_tensors import check_plain
 from fastkd.ops.sparse_arrays import Arrays, HasArrays, check_layout
 
 _library = torch.library.Library("fastkd", "FRAGMENT")
@@ -263,7 +264,8 @@ def sparse_embedding(
     Raises:
         IndexError: an id outside [0, V), named, before it is read; on CUDA a device assert.
         ValueError, TypeError: a shape, dtype or option that does not fit, before any work.
-        RuntimeError: an explicitly chosen backend cannot run, or a second derivative is asked for.
+        RuntimeError: an explicitly chosen backend cannot run, or a derivative is asked for that there is none of: a
+            second one, forward mode, or one by torch.func (whose vmap works, slowly).
     """
     arrays = _arrays_of(code)
     _check_ids("ids", ids, arrays.kept.device)
@@ -312,7 +314,7 @@ def embedding_block(
     Raises:
         IndexError: a token, position or type out of range, named; on CUDA a device assert.
         ValueError, TypeError: a shape, dtype or option that does not fit, before any work.
-        RuntimeError: an explicitly chosen backend cannot run, or a gradient is asked for.
+        RuntimeError: an explicitly chosen backend cannot run, or a derivative is asked for.
     """
     arrays = _arrays_of(code)
     _check_ids("ids", ids, arrays.kept.device)
@@ -347,14 +349,15 @@ def _arrays_of(code: HasArrays | Arrays) -> Arrays:
     if not isinstance(arrays, Arrays):
         raise TypeError(f"code must be a SparseCode or Arrays, not {type(code).__name__}")
     check_layout(arrays)
+    for name in ("kept", "atom_weights"):
+        check_plain("sparse_embedding", name, getattr(arrays, name), vmap=True)
     return arrays
 
 
 def _check_ids(name: str, ids: Tensor, device: torch.device) -> None:
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(ids).__name__}")
-    if type(ids).__name__ == "DTensor":
-        raise TypeError(f"{name} is a DTensor; call sparse_embedding on the local tensor ({name}.to_local())")
+    check_plain("sparse_embedding", name, ids, vmap=True)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} is {ids.dtype}; allowed are int32 and int64")
     if ids.device != device:
@@ -376,6 +379,7 @@ def _check_tables(tables: dict[str, Tensor | None], arrays: Arrays) -> None:
             continue
         if not isinstance(table, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(table).__name__}")
+        check_plain("embedding_block", name, table, eager=f"{__name__}.eager_embedding_block", vmap=True)
         dtype = torch.float64 if arrays.kept.dtype == torch.float64 else tables["positions"].dtype
         dims, form = (1, f"({width},)") if name.startswith("norm") else (2, f"(rows, {width})")
         if table.dim() != dims or table.shape[-1] != width or (dims == 2 and table.shape[0] == 0):

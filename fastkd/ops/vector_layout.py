@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastkd.ops import plain_tensors
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FORMS = {True: "tokens (B, L, D) or (M, B, L, D)", False: "vectors (B, D) or (M, B, D)"}
 
@@ -14,6 +16,7 @@ def check_vectors(op: str, student: Tensor, teacher: Tensor, mask: Tensor | None
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or three dimensions that may be both.
+        RuntimeError: what `check_plain` raises.
     """
     for name, x in (("student", student), ("teacher", teacher)):
         _check_tensor(op, name, x, student)
@@ -39,8 +42,7 @@ def check_vectors(op: str, student: Tensor, teacher: Tensor, mask: Tensor | None
 def _check_tensor(op: str, name: str, x: Tensor, student: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
-    if type(x).__name__ == "DTensor":
-        raise TypeError(f"{name} is a DTensor; call {op} on the local tensor ({name}.to_local())")
+    plain_tensors.check_plain(op, name, x)
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name} is {x.dtype}; allowed are float32, bfloat16, float16 and float64")
     if x.device != student.device:
@@ -93,11 +95,17 @@ def canonical(x: Tensor, per_token: bool) -> Tensor:
     return x if x.dim() == 4 else x.unsqueeze(0)
 
 
-def check_finite(loss: Tensor, vectors: dict[str, Tensor | None], mask: Tensor | None) -> None:
+def check_finite(loss: Tensor, vectors: dict[str, Tensor | None], mask: Tensor | None, group=None) -> None:
     """Name the tensor behind a loss that is not finite. Reads the vectors only once something is already wrong."""
     if math.isfinite(loss.detach().sum().item()):
         return
     for name, x in vectors.items():
         if x is not None and not torch.isfinite(x if mask is None else x[..., mask, :]).all():
             raise ValueError(f"{name} holds NaN or infinity; the loss is not finite")
-    raise ValueError("the loss is not finite: the square of a vector's norm overflows fp32")
+    overflow = "the square of a vector's norm overflows fp32"
+    if group is not None:
+        raise ValueError(
+            f"the loss is not finite, though this process brought finite vectors: another process of the group brought "
+            f"NaN or infinity, or {overflow}"
+        )
+    raise ValueError(f"the loss is not finite: {overflow}")

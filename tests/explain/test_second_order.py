@@ -1,5 +1,6 @@
 """The gradient of a distance between attributions: exact by double backward, and by central differences."""
 
+import importlib
 import logging
 
 import pytest
@@ -12,6 +13,7 @@ from fastkd.explain import (
     GradientSettings,
     central_difference,
     distance,
+    gradient,
     gradient_attribution,
     second_order,
 )
@@ -192,6 +194,13 @@ def test_only_the_attribution_pass_leaves_the_fused_path_and_the_log_says_so_onc
     assert len([record for record in caplog.records if "mathematical path" in record.message]) == 1
 
 
+def test_only_the_attribution_pass_runs_recurrent_layers_without_cudnn():
+    before = torch.backends.cudnn.enabled
+    with second_order.twice_differentiable():
+        assert not torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.enabled == before
+
+
 def test_a_student_of_another_kind_has_both(batch):
     class BiLstm(nn.Module):
         def __init__(self):
@@ -237,3 +246,35 @@ def test_a_step_that_is_not_positive_is_refused(classifier, batch):
 def test_a_watched_forward_serves_one_step_only(classifier, batch):
     with pytest.raises(ValueError, match="steps=3"):
         central_difference(classifier, batch, SETTINGS["3 steps from zero"], torch.sum, watched=(None, None))
+
+
+@pytest.mark.parametrize("form", ["exact", "central differences"])
+def test_a_sequence_whose_gradient_is_not_finite_has_nan_scores_and_spoils_no_parameter(
+    classifier, batch, form, monkeypatch
+):
+    """Left out of the distance, it leaves the others' gradient as it was without it."""
+
+    def gradients_of(*args, **kwargs):
+        return original(*args, **kwargs).index_fill(0, torch.tensor([1]), torch.inf)
+
+    def apart(scores):
+        bad = scores.isnan().any(1, keepdim=True)
+        assert bad[:, 0].tolist() == [False, True, False]
+        return distance(scores.masked_fill(bad, 0), wanted.masked_fill(bad, 0), batch["attention_mask"])
+
+    settings = SETTINGS["gradient x input"]
+    wanted = _teachers(classifier, batch, settings, TARGETS)
+    module = importlib.import_module(
+        "fastkd.explain.gradient" if form == "exact" else "fastkd.explain.central_difference"
+    )
+    original = gradient.gradients_of
+    for where in (gradient, module):
+        monkeypatch.setattr(where, "gradients_of", gradients_of)
+    if form == "exact":
+        scores = gradient_attribution(classifier, batch, settings, target=TARGETS, create_graph=True)
+        loss = apart(scores)
+    else:
+        loss = central_difference(classifier, batch, settings, apart, target=TARGETS)
+    loss.backward()
+    grads = [p.grad for p in classifier.model.parameters() if p.grad is not None]
+    assert all(grad.isfinite().all() for grad in grads) and any((grad != 0).any() for grad in grads)

@@ -170,6 +170,24 @@ def test_another_fingerprint_is_an_error_that_names_what_differs(tmp_path, bert,
     assert str(caught.value).count("is stored") == 1
 
 
+def test_a_file_with_results_of_further_settings_serves_and_tells_its_fingerprint(tmp_path, bert, batch, results):
+    results.save(tmp_path / "results.safetensors")
+    fewer = Fingerprint.of(bert, _tokenizer(), _rows(batch), {"pool": SETTINGS["pool"]})
+    assert len(TeacherResults.load(tmp_path / "results.safetensors", fewer)) == len(results)
+    assert TeacherResults.fingerprint_of(tmp_path / "results.safetensors") == results.fingerprint
+
+
+def test_a_teacher_that_is_still_to_come_agrees_with_any(results, batch):
+    results.fingerprint.check(Fingerprint.of(None, _tokenizer(), _rows(batch), SETTINGS), "results.safetensors")
+
+
+def test_examples_are_selected_in_the_order_in_which_they_are_named(batch, results):
+    order = torch.tensor([2, 0])
+    found = results.select(order).batch(torch.tensor([0, 1]), batch["attention_mask"][order])
+    for name, values in results.batch(order, batch["attention_mask"][order]).items():
+        assert torch.equal(found[name], values), name
+
+
 def test_the_file_is_there_whole_or_not_at_all(tmp_path, results):
     path = tmp_path / "results.safetensors"
     results.save(path)

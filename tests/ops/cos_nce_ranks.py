@@ -31,9 +31,27 @@ def main(rank: int, processes: int, folder: Path) -> None:
             cos_nce(student, student.detach(), tokens=True, group=alone)
         except ValueError as error:
             found.append(str(error))
+    found.append(refused_together(rank))
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def refused_together(rank: int) -> list[str]:
+    """What this rank is told of a NaN that the last rank's teacher brings, and of lengths that differ."""
+    teacher = torch.randn(3, 8)
+    teacher[0, 0] = float("nan") if rank else 1.0
+    tokens = torch.randn(2, 3 + rank, 8)
+    told = []
+    for call in (
+        lambda: cos_nce(torch.randn(3, 8), teacher, group=dist.group.WORLD),
+        lambda: cos_nce(tokens, tokens, tokens=True, exclude=torch.arange(2), group=dist.group.WORLD),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            told.append(str(error))
+    return told
 
 
 if __name__ == "__main__":

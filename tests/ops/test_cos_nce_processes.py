@@ -67,4 +67,15 @@ def test_two_processes_equal_one(found, number):
 
 
 def test_a_process_outside_the_group_is_told_so(found):
-    assert found[1][-1] == "this process (rank 1) is no member of the process group"
+    assert found[1][-2] == "this process (rank 1) is no member of the process group"
+
+
+def test_a_nan_of_another_process_is_not_called_an_overflow(found):
+    told = [rank[-1][0] for rank in found]
+    assert "another process of the group brought NaN or infinity" in told[0]
+    assert told[1] == "teacher holds NaN or infinity; the loss is not finite"
+
+
+def test_positions_that_differ_are_told_to_every_process_where_ids_are_exchanged(found):
+    for rank in found:
+        assert "(layers, positions, width) (1, 3, 8) in the first and (1, 4, 8) in number 1" in rank[-1][1]
