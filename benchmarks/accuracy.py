@@ -37,6 +37,10 @@ def largest_error(result: Tensor, truth: Tensor) -> float:
     return (result.double() - truth.double()).abs().nan_to_num(nan=float("inf")).max().item()
 
 
+def largest(truth: Tensor) -> float:
+    return truth.abs().max().item() if truth.numel() else 0.0
+
+
 def judge(result: Tensor, eager: Tensor, truth: Tensor, noise: float = 0.0) -> Verdict:
     """Apply the rule to `result`.
 
@@ -47,7 +51,6 @@ def judge(result: Tensor, eager: Tensor, truth: Tensor, noise: float = 0.0) -> V
         noise: absolute error of rounding that the magnitude of the truth does not show, because it cancels.
     """
     eager_error = largest_error(eager, truth)
-    magnitude = truth.abs().max().item() if truth.numel() else 0.0
     return Verdict(
-        largest_error(result, truth), eager_error, 2 * eager_error + FLOORS[result.dtype] * magnitude + noise
+        largest_error(result, truth), eager_error, 2 * eager_error + FLOORS[result.dtype] * largest(truth) + noise
     )

@@ -1,5 +1,6 @@
 """Times several providers of one result against each other, and refuses those whose result is wrong."""
 
+import functools
 import gc
 import statistics
 import time
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastkd.benchmarks.accuracy import judge
+from fastkd.benchmarks.accuracy import judge, largest
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 100
 PHASES = ("forward", "backward", "both", "no_grad")
@@ -25,6 +26,10 @@ class Provider:
     forward() returns what backward(...) turns into the gradients of the case, an empty tuple if it has none. `role` is
     "baseline", "fastkd" or "limit": a limit does only the part of the work that nobody can avoid, so its result is not
     checked.
+
+    exact: what it is to give, as `Case.exact`, where the providers of a case compute different things. tolerance: error
+    of the way itself, such as a difference in the place of a derivative, relative to the truth's largest magnitude.
+    goal: the multiple of the time of `Case.compared_with` that it may take.
     """
 
     name: str
@@ -32,6 +37,9 @@ class Provider:
     backward: Callable[[Any], tuple[Tensor, ...]]
     role: str = "baseline"
     needs_bytes: int = 0
+    exact: Callable[[torch.dtype], tuple[Tensor, ...]] | None = None
+    tolerance: float = 0.0
+    goal: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,8 @@ class Case:
     """One shape and dtype of an op: the providers, and `exact(dtype)`, which gives the loss and its gradients eagerly.
 
     `exact` must work in little memory, so that it can judge where the eager provider does not fit. `evaluated`: whether
-    the forward that wants no gradient is timed as well.
+    the forward that wants no gradient is timed as well. compared_with: the provider of whose time the others' are given
+    as multiples. least_rounds: fewer than usual where a round takes many seconds.
     """
 
     op: str
@@ -51,6 +60,8 @@ class Case:
     exact: Callable[[torch.dtype], tuple[Tensor, ...]]
     providers: list[Provider] = field(default_factory=list)
     evaluated: bool = True
+    compared_with: str | None = None
+    least_rounds: int = MIN_ROUNDS
 
 
 def measure(case: Case, budget: float = 30.0) -> list[dict]:
@@ -59,10 +70,9 @@ def measure(case: Case, budget: float = 30.0) -> list[dict]:
     Args:
         case: what to compute, and the providers to compare.
         budget: seconds to spend on timing. Providers take turns in every round, so that whatever else the machine
-            does in the meantime hits them all; there are at least 7 rounds, however long they take.
+            does in the meantime hits them all; there are at least `case.least_rounds`, however long they take.
     """
-    exact, eager = case.exact(torch.float64), case.exact(case.dtype)
-    rows = {provider.name: _checked(case, provider, eager, exact) for provider in case.providers}
+    rows = _all_checked(case)
     accepted = [provider for provider in case.providers if rows[provider.name]["status"] == "ok"]
     for provider in accepted:
         rows[provider.name]["peak_extra_bytes"] = peak_extra_bytes(lambda p=provider: _once(p), case.device)
@@ -76,7 +86,19 @@ def measure(case: Case, budget: float = 30.0) -> list[dict]:
             }  # fmt: skip
         rows[provider.name]["rounds"] = len(times[provider.name])
     _add_fractions_of_the_limit(rows.values())
+    _add_multiples(case, rows)
     return list(rows.values())
+
+
+def _all_checked(case: Case) -> dict[str, dict]:
+    """A row for each provider, which says whether its result is right."""
+    common = functools.cache(lambda: (case.exact(case.dtype), case.exact(torch.float64)))
+    rows = {}
+    for provider in case.providers:
+        own = provider.exact
+        eager, exact = common() if own is None else (own(case.dtype), own(torch.float64))
+        rows[provider.name] = _checked(case, provider, eager, exact)
+    return rows
 
 
 def _checked(case: Case, provider: Provider, eager: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict:
@@ -93,7 +115,10 @@ def _checked(case: Case, provider: Provider, eager: tuple[Tensor, ...], exact: t
     gradients = provider.backward(result)
     if provider.role == "limit":
         return row
-    verdicts = [judge(*three) for three in zip((result.detach(), *gradients), eager, exact, strict=True)]
+    verdicts = [
+        judge(found, near, truth, noise=provider.tolerance * largest(truth))
+        for found, near, truth in zip((result.detach(), *gradients), eager, exact, strict=True)
+    ]
     row["loss_error"] = verdicts[0].error
     if gradients:
         row["gradient_error"] = max(verdict.error for verdict in verdicts[1:])
@@ -141,7 +166,7 @@ def _take_turns(providers: list[Provider], case: Case, budget: float) -> dict[st
         for provider in providers:  # compiles and fills caches
             _timed(provider, case)
         round_seconds = sum(sum(_timed(provider, case).values()) for provider in providers)
-        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget / max(round_seconds, 1e-9))))
+        rounds = min(MAX_ROUNDS, max(case.least_rounds, int(budget / max(round_seconds, 1e-9))))
         for turn in range(rounds):
             first = turn % max(len(providers), 1)  # nobody always follows the same neighbour's cache
             for provider in providers[first:] + providers[:first]:
@@ -167,6 +192,14 @@ def peak_extra_bytes(compute: Callable[[], Any], device: str) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def _add_multiples(case: Case, rows: dict[str, dict]) -> None:
+    unit = rows.get(case.compared_with, {}).get("both_ms")
+    for provider in case.providers:
+        row = rows[provider.name]
+        if unit is not None and "both_ms" in row:
+            row |= {"compared_with": case.compared_with, "multiple": row["both_ms"] / unit, "goal": provider.goal}
 
 
 def _add_fractions_of_the_limit(rows) -> None:

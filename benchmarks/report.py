@@ -14,6 +14,7 @@ COLUMNS = [
     "op", "shape", "length", "tokens", "dtype", "provider", "role", "status",
     *(f"{phase}{part}_ms" for phase in PHASES for part in ("", "_p20", "_p80")),
     "rounds", "peak_extra_bytes", "loss_error", "gradient_error", "fraction_of_limit",
+    "compared_with", "multiple", "goal",
     "allocator", "load", "anyway", "date", "device", "cpu", "cpu_capability", "threads", "platform", "python", "torch",
     "triton", "fastkd", "commit",
 ]  # fmt: skip
@@ -96,6 +97,9 @@ def _medians(group: list[dict]) -> Table:
     table.add_column("provider", no_wrap=True)
     for heading in ("forward ms", "backward ms", "both ms", "no grad ms", "peak extra MB", "largest error"):
         table.add_column(heading, justify="right")
+    unit = next((row["compared_with"] for row in group if "multiple" in row), None)
+    if unit is not None:
+        table.add_column(f"of {unit} (goal)", justify="right")
     for row in group:
         if row["status"] != "ok":
             table.add_row(row["provider"], f"[red]{row['status']}[/red]")
@@ -104,22 +108,35 @@ def _medians(group: list[dict]) -> Table:
         table.add_row(
             row["provider"], *(f"{row[f'{phase}_ms']:.3g}" if f"{phase}_ms" in row else "" for phase in PHASES),
             f"{row['peak_extra_bytes'] / 1e6:.1f}", f"{max(errors):.1e}" if errors else "",
+            *([_multiple(row)] if unit is not None else []),
         )  # fmt: skip
     return table
+
+
+def _multiples(rows: list[dict]) -> dict[str, float]:
+    return {row["provider"]: row["multiple"] for row in rows if "multiple" in row}
+
+
+def _multiple(row: dict) -> str:
+    goal = "" if row["goal"] is None else f" (≤ {row['goal']:.2g})"
+    return f"{row['multiple']:.2f}{goal}"
 
 
 def _ratios_of_all(measured: dict[str, list[dict]]) -> Table:
     quoted, *others = measured
     first_row = measured[quoted][0]
     beside = f" (in brackets: {', '.join(others)} malloc)" if others else ""
-    table = Table(title=f"both, as a multiple of fastkd's time; {quoted}{beside}", title_justify="left")
+    units = dict.fromkeys(row.get("compared_with", "fastkd") for row in measured[quoted])
+    table = Table(
+        title=f"both, as a multiple of the time of {' or '.join(units)}; {quoted}{beside}", title_justify="left"
+    )
     for heading in (*first_row["shape"], "dtype"):
         table.add_column(heading)
     names = list(dict.fromkeys(row["provider"] for row in measured[quoted]))
     for name in names:
         table.add_column(name, justify="right")
     for groups in zip(*(by_case(rows) for rows in measured.values()), strict=True):
-        relative = [ratios(group) for group in groups]
+        relative = [_multiples(group) or ratios(group) for group in groups]
         cells = []
         for name in names:
             first, *rest = (f"{of[name]:.2f}" if name in of else "" for of in relative)

@@ -30,7 +30,8 @@ from fastkd.recipes import (
     read_settings,
     stage_b_encoder,
 )
-from fastkd.recipes.arc import is_done, load, total_steps, train_and_save, with_head
+from fastkd.recipes.run_folder import is_done, load, train_and_save
+from fastkd.recipes.task_recipe import total_steps, with_head
 
 # Each row, and the sections of the recipe that it depends on.
 ROWS = {

@@ -18,7 +18,7 @@ from fastkd.data import chunk_corpus, load_corpus
 from fastkd.data.wordpiece import train_wordpiece
 from fastkd.embeddings import SparseCode, SparseEmbedding, count_tokens
 from fastkd.recipes import FineTuneConfig, FineTuneTrainer
-from fastkd.recipes.arc import is_done, train_and_save
+from fastkd.recipes.run_folder import is_done, train_and_save
 
 _HELD_OUT, _LONGEST, _MASKED = 0.05, 128, 0.15
 

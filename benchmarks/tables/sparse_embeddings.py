@@ -41,7 +41,8 @@ from fastkd.embeddings import SparseCode, compress_embeddings, count_tokens, loa
 from fastkd.embeddings.baselines import StoredTable
 from fastkd.embeddings.budget import reconstruction_error
 from fastkd.recipes import FineTuneConfig, FineTuneTrainer, from_settings, read_settings
-from fastkd.recipes.arc import is_done, load, train_and_save, with_head
+from fastkd.recipes.run_folder import is_done, load, train_and_save
+from fastkd.recipes.task_recipe import with_head
 
 RESULTS = Path(__file__).parent.parent / "results" / "sparse_embeddings.jsonl"
 ROWS = (*SUBJECTS, "grid", "general", "japanese")

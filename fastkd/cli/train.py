@@ -3,6 +3,7 @@
   fastkd train arc-sst2 teacher=DIR_OR_HUB_ID data=DIR_OR_HUB_NAME
   fastkd train arc-sst2 teacher=... data=... stage_b.max_steps=4000 output_dir=runs/longer
   fastkd train lrc-bert-4x312-sst2 teacher=... data=... corpus=[DIR_OF_TEXT]
+  fastkd train egkd-sst2 teacher=... data=... distil.branches='{gradient: 10, selection: 1}'
   fastkd train my.yaml
 
 The same command again goes on where it was stopped; `overwrite=true` starts anew.

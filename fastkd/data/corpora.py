@@ -1,5 +1,6 @@
 """Plain text for stage A: corpora of any size, cut into windows of tokens."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -11,6 +12,7 @@ from fastkd.data.tasks import Task, check_max_length
 
 _BUILDERS = {".parquet": "parquet", ".txt": "text", ".json": "json", ".jsonl": "json"}
 _EVALUATION = ("validation", "valid", "val", "dev", "test")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:.+)?")
 
 Corpus: TypeAlias = Dataset | IterableDataset
 Source: TypeAlias = str | Path | Dataset | IterableDataset
@@ -36,6 +38,15 @@ def load_corpus(source: Source | Sequence[Source], *, text_column: str = "text",
         raise ValueError("an empty list of corpora was given")
     parts = [part for each in sources for part in _parts(each, text_column, streaming)]
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def check_source(source: str | Path) -> None:
+    """Raise the ValueErrors of `load_corpus` that need no text to be read: no such path, or no usable file in it."""
+    path = Path(source).expanduser()
+    if path.exists():
+        _files(path)
+    elif not _HUB_NAME.fullmatch(str(source)):
+        raise ValueError(f"{source} is neither a file or folder here nor the name of a hub data set (owner/name)")
 
 
 def task_sentences(task: Task) -> Dataset:

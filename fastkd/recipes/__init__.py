@@ -3,6 +3,10 @@
 from fastkd.recipes.arc import ArcRecipe
 from fastkd.recipes.arc_stage_a import ArcStageAConfig, ArcStageATrainer
 from fastkd.recipes.arc_stage_b import ArcStageBConfig, ArcStageBTrainer, stage_b_encoder
+from fastkd.recipes.egkd import EgkdRecipe
+from fastkd.recipes.egkd_settings import EgkdConfig
+from fastkd.recipes.egkd_task import EgkdTrainer
+from fastkd.recipes.egkd_teacher import teacher_results
 from fastkd.recipes.finetune import FineTuneConfig, FineTuneTrainer
 from fastkd.recipes.lrc_bert import LrcBertRecipe
 from fastkd.recipes.lrc_bert_general import LrcBertGeneralConfig, LrcBertGeneralTrainer
@@ -10,7 +14,7 @@ from fastkd.recipes.lrc_bert_task import LrcBertConfig, LrcBertTrainer
 from fastkd.recipes.settings import from_settings, read_settings, shipped_recipes
 from fastkd.recipes.training import DistillationArguments, DistillationTrainer, NotFiniteError
 
-RECIPES = {"arc": ArcRecipe, "lrc_bert": LrcBertRecipe}
+RECIPES = {"arc": ArcRecipe, "lrc_bert": LrcBertRecipe, "egkd": EgkdRecipe}
 
 __all__ = [
     "RECIPES",
@@ -21,6 +25,9 @@ __all__ = [
     "ArcStageBTrainer",
     "DistillationArguments",
     "DistillationTrainer",
+    "EgkdConfig",
+    "EgkdRecipe",
+    "EgkdTrainer",
     "FineTuneConfig",
     "FineTuneTrainer",
     "LrcBertConfig",
@@ -33,6 +40,7 @@ __all__ = [
     "run_recipe",
     "shipped_recipes",
     "stage_b_encoder",
+    "teacher_results",
 ]
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from transformers import DataCollatorWithPadding
 
-from fastkd.losses import LayerContrast
 from fastkd.losses.layer_contrast import check_pooling
 from fastkd.models import tap
 from fastkd.models.architectures import layers_of
@@ -90,11 +89,7 @@ class LrcBertGeneralTrainer(DistillationTrainer):
     ):
         check_vocabulary(processing_class, teacher=teacher, student=model)
         self.pairs = match_layers(model, teacher, args.layer_pairs) if self.contrasts(args) else []
-        contrast = None
-        if self.pairs:
-            widths = (model.config.hidden_size, teacher.config.hidden_size)
-            contrast = LayerContrast(len(self.pairs), *widths, pooling=args.pooling)
-        model = MatchedStudent(model, contrast, [s for _, s in self.pairs])
+        model = MatchedStudent.to_learn_from(teacher, model, self.pairs, args.pooling)
         if projections is not None:
             model.load_projections(projections)
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)

@@ -1,9 +1,11 @@
 """What LRC-BERT trains: a student, and beside it a learned map into the teacher's space for every matched layer."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,15 +23,24 @@ class MatchedStudent(nn.Module):
 
     student: a transformers model with any head or none.
     contrast: None trains the student alone.
-    layers: the student's matched layers, in the order of the contrast's maps.
+    pairs: the matched layers (teacher's, student's), in the order of the contrast's maps.
     """
 
     # The loss is a mean over the batch: the Trainer passes no item count.
     accepts_loss_kwargs = False
 
-    def __init__(self, student: PreTrainedModel, contrast: LayerContrast | None, layers: Sequence[int]):
+    def __init__(self, student: PreTrainedModel, contrast: LayerContrast | None, pairs: Sequence[tuple[int, int]] = ()):
         super().__init__()
-        self.student, self.contrast, self.layers = student, contrast, list(layers)
+        self.student, self.contrast = student, contrast
+        self.pairs, self.layers = [list(pair) for pair in pairs], [layer for _, layer in pairs]
+
+    @classmethod
+    def to_learn_from(
+        cls, teacher: PreTrainedModel, student: PreTrainedModel, pairs: Sequence[tuple[int, int]], pooling: str
+    ) -> "MatchedStudent":
+        """With maps of its own, which are identities; without pairs the student alone."""
+        widths = (student.config.hidden_size, teacher.config.hidden_size)
+        return cls(student, LayerContrast(len(pairs), *widths, pooling=pooling) if pairs else None, pairs)
 
     def forward(
         self,
@@ -71,10 +82,11 @@ class MatchedStudent(nn.Module):
 
     def save_projections(self, folder: str | Path) -> None:
         if self.contrast is not None:
-            save_file(self.contrast.state_dict(), Path(folder, PROJECTIONS))
+            made_for = {"layer_pairs": json.dumps(self.pairs), "pooling": self.contrast.pooling}
+            save_file(self.contrast.state_dict(), Path(folder, PROJECTIONS), metadata=made_for)
 
     def load_projections(self, folder: str | Path) -> None:
-        """Raises a ValueError where `folder` holds none, or those of other layers or widths."""
+        """Raises a ValueError where `folder` holds none, or those of other layers or widths or another pooling."""
         if self.contrast is None:
             return
         path = Path(folder, PROJECTIONS)
@@ -87,6 +99,12 @@ class MatchedStudent(nn.Module):
                 f"{path} holds {len(given)} maps of {_widths(given)}, the matched layers ask for {len(wanted)} of "
                 f"{_widths(wanted)}; use the student and the layers it was made with"
             )
+        with safe_open(path, framework="pt") as file:
+            made_for = file.metadata() or {}
+        pairs, pooling = json.loads(made_for.get("layer_pairs", "null")), made_for.get("pooling")
+        for name, made, asked in (("layer_pairs", pairs, self.pairs), ("pooling", pooling, self.contrast.pooling)):
+            if made is not None and made != asked:
+                raise ValueError(f"{path} was made with {name}={made}, here are {asked}; use the same")
         self.contrast.load_state_dict(given)
 
 

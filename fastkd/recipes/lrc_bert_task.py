@@ -15,7 +15,8 @@ class LrcBertConfig(ContrastArguments):
 
     Args:
         contrast_weight, soft_weight, hard_weight: α, β and γ. Without a contrastive loss, α = 0, `contrast_only` is 0.
-        contrast_only: part of the steps, the first ones, with the contrastive loss alone; 0 is training in one stage.
+        contrast_only: part of the steps, the first ones, with the contrastive loss alone, which leaves the last step at
+            least to all losses; 0 is training in one stage.
         temperature: τ of the soft labels; a regression has none, and both its losses are mean squared errors.
         scale_tau2: whether the soft loss is multiplied by τ².
     """
@@ -81,8 +82,8 @@ class LrcBertTrainer(LrcBertGeneralTrainer):
 
     @property
     def switch(self) -> int:
-        """The first step with all losses."""
-        return round(self.args.contrast_only * self.state.max_steps)
+        """The first step with all losses: there is one, however short the run."""
+        return min(round(self.args.contrast_only * self.state.max_steps), self.state.max_steps - 1)
 
     def needs_head(self):
         return self.state.global_step >= self.switch

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 def _check_kind(what: str, value: Any, annotation: Any) -> None:
     """Raise a ValueError where a field of plain kinds (int, float, bool, str, None, unions of them) has another one."""
-    kinds = typing.get_args(annotation) or (annotation,)
+    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(annotation) if union else (annotation,)
     if not set(kinds) <= set(_KINDS) or value is None:
         return
     fits = any(

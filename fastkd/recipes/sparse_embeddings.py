@@ -28,7 +28,6 @@ from fastkd.embeddings.fit import check_settings, check_table
 from fastkd.embeddings.input_embedding import input_embedding
 from fastkd.embeddings.methods import METHODS, setting, settings_to_try
 from fastkd.models.loading import load_model, load_tokenizer
-from fastkd.recipes.arc import evaluate
 from fastkd.recipes.output_folder import check_out, check_place, whole_folder
 from fastkd.recipes.sparse_embeddings_checkpoint import (
     bytes_on_disk,
@@ -41,6 +40,7 @@ from fastkd.recipes.sparse_embeddings_checkpoint import (
     weight_files,
 )
 from fastkd.recipes.sparse_embeddings_report import bytes_of, figures, show, show_densified, show_front
+from fastkd.recipes.task_recipe import evaluate
 from fastkd.recipes.training import check_vocabulary
 
 FORMATS = {"fp32": "float32", "fp16": "float16", "int8": "int8"}

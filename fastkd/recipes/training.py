@@ -20,6 +20,16 @@ from fastkd.recipes.perturbation import NORMS, PERTURBATIONS, EmbeddingPerturbat
 
 _NAMED = 8  # ids by which a message names a batch
 _NEVER = 2**62  # later than any step
+_AT_LEAST = {  # settings that torch and transformers refuse at the first step, if at all
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "adam_epsilon": 0,
+}
 
 
 def bf16_pays() -> bool:
@@ -40,6 +50,10 @@ class DistillationArguments(TrainingArguments):
         perturbation: "embedding" takes every training step from perturbed embeddings, at the cost of a second forward
             and most of a second backward (`fastkd.recipes.perturbation`); null takes it from where the student stands.
         perturbation_norm: over what the perturbation has length 1: "token", "sequence" or "batch".
+
+    Raises:
+        ValueError: a number that cannot be, such as a negative rate or a run of no steps (`max_steps` is -1, by
+            `num_train_epochs`, or 1 at least); an unknown word.
     """
 
     bf16: bool | str = "auto"
@@ -60,6 +74,16 @@ class DistillationArguments(TrainingArguments):
     perturbation_norm: str = "token"
 
     def __post_init__(self):
+        for name, least in _AT_LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be {least} at least")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; it must lie in [0, 1)")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps={self.max_steps}; it must be 1 at least, or -1: by num_train_epochs")
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} and max_steps=-1: nothing would be trained")
         if self.perturbation not in PERTURBATIONS:
             raise ValueError(f"perturbation={self.perturbation!r}; allowed are embedding and null")
         if self.perturbation_norm not in NORMS:
@@ -174,7 +198,9 @@ class DistillationTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         if self.is_world_process_zero():
-            print("\n".join(f"  {topic:<12}{text}" for topic, text in self.description().items()), flush=True)
+            lines = self.description()
+            width = max(map(len, lines)) + 2
+            print("\n".join(f"  {topic:<{width}}{text}" for topic, text in lines.items()), flush=True)
         return super().train(*args, **kwargs)
 
     def _lengths(self) -> list[int] | None:

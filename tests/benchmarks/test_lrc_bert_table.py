@@ -1,52 +1,25 @@
 """The tables of LRC-BERT, on models of a few kilobytes: cells that resume, equal steps, what is printed."""
 
 import json
-import random
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
-import torch
-from transformers import BertConfig, BertForSequenceClassification
 
-from fastkd.benchmarks.tables import lrc_bert
+from fastkd.benchmarks.tables import glue, lrc_bert
+from fastkd.benchmarks.tables.glue_page import difference
 from fastkd.benchmarks.tables.lrc_bert import Table, sources_from
-from fastkd.benchmarks.tables.lrc_bert_page import ROWS, difference, show, show_held_out
+from fastkd.benchmarks.tables.lrc_bert_page import ROWS, show, show_held_out
 from fastkd.benchmarks.tables.protocol import Cells
-from fastkd.data.wordpiece import train_wordpiece
-
-_PAIRS = ("mrpc", "stsb")
-
-
-def examples(task: str, count: int, seed: int) -> pd.DataFrame:
-    draw = random.Random(seed)
-    words = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ado", "eli", "iru", "ona")]
-    texts = [[" ".join(draw.choices(words, k=draw.randint(3, 6))) for _ in range(count)] for _ in "12"]
-    named = {"sentence1": texts[0], "sentence2": texts[1]} if task in _PAIRS else {"sentence": texts[0]}
-    labels = [5 * draw.random() for _ in range(count)] if task == "stsb" else [row % 2 for row in range(count)]
-    return pd.DataFrame(named | {"label": labels})
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    """What the command is given: a teacher of random weights and four tasks of 96 examples."""
-    folder = tmp_path_factory.mktemp("given")
-    for seed, task in enumerate(("sst2", "mrpc", "stsb", "cola")):
-        (folder / task).mkdir()
-        examples(task, 96, seed).to_parquet(folder / task / "train.parquet")
-        examples(task, 24, seed + 9).to_parquet(folder / task / "validation.parquet")
-    tokenizer = train_wordpiece(examples("sst2", 60, 5)["sentence"], 120, max_length=128)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=12, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=128, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1},
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder / "teacher")
-    tokenizer.save_pretrained(folder / "teacher")
+def words(glue_folder, tmp_path_factory):
+    """What the command is given."""
+    teacher = glue_folder / "teacher"
     return [
-        f"teacher={folder / 'teacher'}", f"data={folder}", f"output_dir={folder / 'run'}", "max_length=32",
-        f"teachers={{sst2: {folder / 'teacher'}}}", "epochs={sst2: 1, mrpc: 1}", "general.max_steps=2",
+        f"teacher={teacher}", f"data={glue_folder}", f"output_dir={tmp_path_factory.mktemp('run')}", "max_length=32",
+        f"teachers={{sst2: {teacher}}}", "epochs={sst2: 1, mrpc: 1}", "general.max_steps=2",
         "3x384.student={layers: 2, init: first}",
         "4x312.student={layers: 1, hidden: 8, heads: 2, ffn: 8, init: random}",
     ]  # fmt: skip
@@ -82,7 +55,7 @@ def test_every_row_has_the_same_steps_and_says_its_settings(finished):
     assert found["3x384/plain"]["distil"]["contrast_weight"] == 0
     assert found["3x384/plain"]["distil"]["perturbation"] is None
     assert found["3x384/no_contrast"]["distil"]["contrast_only"] == 0
-    assert found["3x384/lrc_bert"]["teacher"] == "given"
+    assert found["3x384/lrc_bert"]["teacher"].keys() == {"given"}  # and the digest of its weights
     assert found["4x312/lrc_bert"]["student"]["hidden"] == 8
 
 
@@ -92,8 +65,31 @@ def test_other_settings_do_not_fill_the_same_table(words, finished):
         table.run("sst2", "3x384/lrc_bert", 0)
 
 
+def test_another_text_or_another_teacher_is_another_table(words, finished, tmp_path):
+    (tmp_path / "more.txt").write_text("a line of text\n")
+    for other in (f"corpus=[{tmp_path / 'more.txt'}]", "seed=1", "teachers={}"):
+        table = Table(sources_from([*words, other, f"output_dir={tmp_path / 'run'}"]), finished)
+        with pytest.raises(ValueError, match="asked for are"):
+            table.run("sst2", "3x384/lrc_bert", 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["teacher=/no/such/folder"], "teacher"),
+        (["--seeds", "a"], "--seeds a: whole numbers"),
+        (["x=1"], "unknown key 'x'"),
+    ],
+)
+def test_the_command_says_what_it_cannot_take(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lrc_bert", *words])
+    with pytest.raises(SystemExit):
+        lrc_bert.main()
+    assert message in capsys.readouterr().err
+
+
 def test_sst2_is_a_fixed_part_of_its_examples(words, monkeypatch, tmp_path):
-    monkeypatch.setattr(lrc_bert, "_SST2_EXAMPLES", 40)
+    monkeypatch.setattr(glue, "_SST2_EXAMPLES", 40)
     parts = [Table(sources_from(words), Cells(tmp_path / "c.jsonl")).train("sst2")["input_ids"][:] for _ in "12"]
     assert len(parts[0]) == 40 and parts[0] == parts[1]
     assert len(Table(sources_from(words), Cells(tmp_path / "c.jsonl")).train("mrpc")) == 96
@@ -118,7 +114,7 @@ def test_soft_labels_alone_can_have_settings_of_their_own(words, tmp_path):
     table = Table(sources, Cells(tmp_path / "cells.jsonl"))
 
     def rate(shape, row):
-        return table.settings("sst2", shape, row, "given")["distil"]["learning_rate"]
+        return table.settings("sst2", f"{shape}/{row}", {})["distil"]["learning_rate"]
 
     assert (rate("3x384", "plain"), rate("4x312", "plain")) == (1e-3, 2e-3)
     assert rate("3x384", "lrc_bert") == rate("3x384", "no_contrast") == 5e-5

@@ -33,6 +33,6 @@ def test_the_issues_shapes_are_the_default():
 
 
 def test_an_unknown_recipe_is_refused():
-    assert SUITE.names == ("arc",)
-    with pytest.raises(ValueError, match="recipe='bert'; allowed are arc"):
+    assert SUITE.names == ("arc", "egkd")
+    with pytest.raises(ValueError, match="recipe='bert'; allowed are arc, egkd"):
         SUITE.main("bert")

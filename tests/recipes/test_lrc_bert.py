@@ -1,6 +1,7 @@
 """LRC-BERT from end to end: `fastkd train` on a YAML file of one's own."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,28 +10,39 @@ import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastkd.cli import main
-from fastkd.recipes import FineTuneTrainer, LrcBertGeneralTrainer, LrcBertTrainer
+from fastkd.recipes import (
+    FineTuneTrainer,
+    LrcBertGeneralTrainer,
+    LrcBertTrainer,
+    given_steps,
+    run_recipe,
+    task_recipe,
+)
 from fastkd.recipes.lrc_bert_student import PROJECTIONS
 
 _TRAINERS = {"teacher": FineTuneTrainer, "general": LrcBertGeneralTrainer, "student": LrcBertTrainer}
 
 
-@pytest.fixture
-def train(teacher_folder, data_folder, tmp_path):
-    """train("key=value", ..): the command on a file of one's own; returns its exit status."""
+def settings_of(teacher_folder, data_folder, output_dir) -> dict:
     step = {"bf16": False, "learning_rate": 2e-3, "logging_steps": 5, "save_steps": 4, "disable_tqdm": True}
-    settings = {
+    return {
         "recipe": "lrc_bert",
         "teacher": str(teacher_folder),
         "task": "sst2",
         "data": str(data_folder),
-        "output_dir": str(tmp_path / "run"),
+        "output_dir": str(output_dir),
         "max_length": 32,
         "student": {"layers": 2, "hidden": 24, "heads": 4, "init": "random"},
         "finetune": step | {"max_steps": 8},
         "general": step | {"max_steps": 8, "max_length": 32},
         "distil": step | {"max_steps": 10},
     }
+
+
+@pytest.fixture
+def train(teacher_folder, data_folder, tmp_path):
+    """train("key=value", ..): the command on a file of one's own; returns its exit status."""
+    settings = settings_of(teacher_folder, data_folder, tmp_path / "run")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
 
     def run(*words):
@@ -109,6 +121,9 @@ def test_the_task_phase_starts_from_the_student_and_the_maps_of_the_general_one(
         (["distil.temprature=2"], "distil: unknown key 'temprature'; did you mean 'temperature'?"),
         (["general.perturbation=words"], "perturbation='words'; allowed are embedding and null"),
         (["general=5"], "general: a section of settings is needed, not 5"),
+        (["distil.gradient_accumulation_steps=0"], "gradient_accumulation_steps=0; it must be 1 at least"),
+        (["general.max_steps=0"], "max_steps=0; it must be 1 at least, or -1: by num_train_epochs"),
+        (["distil.max_steps=-1", "distil.num_train_epochs=0"], "nothing would be trained"),
         (["corpus=5"], "corpus=5; a file, a folder, a hub name, or a list of these is needed"),
         (["teacher=does/not/exist"], "teacher=does/not/exist is no model: no such folder"),
     ],
@@ -126,4 +141,107 @@ def test_a_folder_with_another_run_is_left_alone(train, steps, tmp_path, capsys)
     steps["interrupt"] = ("general", 0)
     assert train() == 130
     assert train("general.max_steps=3") == 2
-    assert "holds another run (it differs in general)" in capsys.readouterr().err
+    assert "holds another run (it differs in general.max_steps: 8 -> 3)" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(teacher_folder, data_folder, tmp_path_factory):
+    """The folder of a finished run, to take steps from."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run_recipe(settings_of(teacher_folder, data_folder, folder))
+    return folder
+
+
+def given(finished, *words):
+    return (f"finetuned_teacher={finished / 'teacher'}", f"general_student={finished / 'general'}", *words)
+
+
+def test_steps_of_another_run_are_taken_as_they_are(train, steps, finished, tmp_path):
+    assert train(*given(finished)) == 0
+    assert (steps["teacher"], steps["general"], steps["student"]) == (0, 0, 10)
+    for folder in ("teacher", "general", "student"):
+        for name, tensor in state(finished / folder).items():
+            if folder != "general" or "classifier" not in name:  # it has none
+                assert torch.equal(state(tmp_path / "run" / folder)[name], tensor), (folder, name)
+    assert (tmp_path / "run" / "general" / PROJECTIONS).is_file()
+    shutil.rmtree(tmp_path / "run" / "student")
+    assert train(*given(finished)) == 0  # goes on from its copies
+
+
+def test_a_copy_that_was_interrupted_is_made_anew(train, finished, tmp_path, monkeypatch):
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(given_steps, "mark_done", kill)
+        assert train(*given(finished)) == 130
+    assert not (tmp_path / "run" / "teacher" / "done.json").exists()
+    assert train(*given(finished)) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pooling=mean"], "was made with pooling=cls, here are mean; use the same"),
+        (["layer_pairs=[[0, 0], [1, 1]]"], "was made with layer_pairs=[[1, 0], [3, 1]], here are [[0, 0], [1, 1]]"),
+        (["layer_pairs=[[-1, -1]]"], "holds 2 maps of 24 to 32, the matched layers ask for 1"),
+        (["student={layers: 1, hidden: 24, heads: 4, init: random}"], "has num_hidden_layers 2, the student 1"),
+        (["general_student=no/such"], "general_student=no/such is no folder"),
+        (["finetuned_teacher=no/such"], "finetuned_teacher=no/such is no folder"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_given_steps_that_do_not_fit_are_refused_before_any_work(
+    train, steps, finished, tmp_path, capsys, words, message
+):
+    assert train(*given(finished, *words)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+    assert not any(steps.values())
+
+
+def test_a_teacher_that_is_not_fine_tuned_is_refused(train, finished, teacher_folder, tmp_path, capsys):
+    assert train(*given(finished), f"finetuned_teacher={teacher_folder}") == 2
+    assert "is not fine-tuned: it has no classifier.bias, classifier.weight" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_other_labels_is_refused(train, finished, make_teacher, tmp_path, capsys):
+    make_teacher(num_labels=3).save_pretrained(tmp_path / "other")
+    assert train(*given(finished), f"finetuned_teacher={tmp_path / 'other'}") == 2
+    assert f"task=sst2 has 2 labels, finetuned_teacher={tmp_path / 'other'} gives 3" in capsys.readouterr().err
+
+
+def test_a_teacher_of_another_size_is_refused(train, finished, make_teacher, tmp_path, capsys):
+    make_teacher(layers=3).save_pretrained(tmp_path / "other")
+    assert train(*given(finished), f"finetuned_teacher={tmp_path / 'other'}") == 2
+    assert "has num_hidden_layers 3, the teacher 4; they must be alike" in capsys.readouterr().err
+
+
+def test_an_unfinished_general_distillation_is_refused(train, finished, tmp_path, capsys):
+    shutil.copytree(finished / "general", tmp_path / "half")
+    (tmp_path / "half" / "done.json").unlink()
+    assert train(*given(finished), f"general_student={tmp_path / 'half'}") == 2
+    assert f"general_student={tmp_path / 'half'} holds no finished step" in capsys.readouterr().err
+
+
+def test_a_run_is_not_given_steps_of_its_own(train, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    assert train(*given(tmp_path / "run"), "overwrite=true") == 2
+    assert "is part of this very run" in capsys.readouterr().err
+    assert (tmp_path / "run" / "teacher" / "model.safetensors").is_file()
+
+
+def test_a_folder_without_text_is_refused_before_the_task_is_read(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(task_recipe, "load_task", lambda *_: pytest.fail("it was read"))
+    (tmp_path / "pictures").mkdir()
+    assert train(f"corpus={tmp_path / 'pictures'}") == 2
+    assert f"the folder {tmp_path / 'pictures'} holds no file that ends in .parquet" in capsys.readouterr().err
+
+
+def test_settings_that_train_nothing_else_may_change_while_a_run_is_interrupted(train, steps, tmp_path):
+    steps["interrupt"] = ("general", 6)
+    assert train() == 130
+    del steps["interrupt"]
+    assert train("general.logging_steps=2", "general.save_steps=3", "distil.save_total_limit=2") == 0
+    assert steps["general"] == 10

@@ -86,6 +86,13 @@ def test_the_first_stage_is_as_long_as_the_papers(make_distil, steps, switch):
     assert trainer.switch == switch
 
 
+@pytest.mark.parametrize(("share", "steps"), [(0.8, 1), (0.8, 2), (0.99, 40)])
+def test_the_last_step_at_least_has_all_losses(make_distil, share, steps):
+    trainer = make_distil(contrast_only=share)
+    trainer.state.max_steps = steps
+    assert trainer.switch == steps - 1
+
+
 def test_in_the_first_stage_no_head_runs_or_changes_and_the_maps_are_trained(make_distil):
     trainer = make_distil(max_steps=5)
     head = trainer.model.student.classifier.weight.clone()
@@ -185,7 +192,9 @@ def test_bf16_runs_in_both_models(make_distil):
 
 def test_step_0_says_what_is_about_to_happen(make_distil, capsys):
     make_distil(max_steps=1).train()
-    said = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    assert len({len(line) - len(line[2:].partition("  ")[2].lstrip()) for line in out.splitlines()[:4]}) == 1
+    said = " ".join(out.split())
     for phrase in (
         "teacher 4 layers x 32, student 2 layers x 24",
         "student layer 0 learns from teacher layer 1; student layer 1 learns from teacher layer 3 (from 0)",

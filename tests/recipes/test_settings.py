@@ -28,7 +28,11 @@ def test_a_shipped_recipe_is_read_by_its_name():
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_has_settings_that_fit(name, tmp_path):
     settings = read_settings(name, ["teacher=somewhere", f"output_dir={tmp_path}"])
-    sections = {"arc": {"finetune", "stage_a", "stage_b"}, "lrc_bert": {"finetune", "general", "distil"}}
+    sections = {
+        "arc": {"finetune", "stage_a", "stage_b"},
+        "lrc_bert": {"finetune", "general", "distil"},
+        "egkd": {"finetune", "distil"},
+    }
     kind = settings.pop("recipe")
     assert set(from_settings(RECIPES[kind], settings, kind).configs()) == sections[kind]
 

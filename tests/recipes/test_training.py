@@ -36,6 +36,35 @@ def test_another_word_for_bf16_is_refused(tmp_path):
         DistillationArguments(output_dir=tmp_path, bf16="yes")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0; it must be 1 at least"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0; it must be 1 at least"),
+        ({"per_device_eval_batch_size": -4}, "per_device_eval_batch_size=-4; it must be 1 at least"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0; it must be 0 at least"),
+        ({"learning_rate": math.nan}, "learning_rate=nan; it must be 0 at least"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1; it must be 0 at least"),
+        ({"warmup_steps": -5}, "warmup_steps=-5; it must be 0 at least"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0; it must be 0 at least"),
+        ({"adam_epsilon": -1e-8}, "adam_epsilon=-1e-08; it must be 0 at least"),
+        ({"adam_beta2": 1.0}, r"adam_beta2=1.0; it must lie in \[0, 1\)"),
+        ({"max_steps": 0}, "max_steps=0; it must be 1 at least, or -1: by num_train_epochs"),
+        ({"max_steps": -7}, "max_steps=-7; it must be 1 at least, or -1"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0 and max_steps=-1: nothing would be trained"),
+    ],
+    ids=str,
+)
+def test_numbers_that_cannot_be_are_refused_before_a_folder_is_made(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationArguments(output_dir=tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rate_of_zero_and_steps_instead_of_epochs_are_allowed(tmp_path):
+    DistillationArguments(output_dir=tmp_path, learning_rate=0, max_steps=3, num_train_epochs=0)
+
+
 def test_every_epoch_is_a_permutation_of_its_own():
     epochs = [list(LengthGroupedBatches(LENGTHS, 32, 7, lambda e=epoch: e)) for epoch in (0, 1)]
     assert epochs[0] != epochs[1]

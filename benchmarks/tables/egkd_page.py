@@ -1,0 +1,71 @@
+"""The finished cells of EGKD as Markdown tables: scores, differences, and how far explanations agree."""
+
+import numpy as np
+
+from fastkd.benchmarks.tables.glue_page import TASKS, differences, scores, table
+from fastkd.benchmarks.tables.protocol import Cells
+from fastkd.benchmarks.tables.sparse_embeddings_page import NOT_RUN
+from fastkd.recipes import read_settings
+
+SHAPES = {"3x384": "egkd-sst2", "bilstm": "egkd-bilstm-sst2"}  # and the recipe that each is made by
+BRANCHES = ("gradient", "perturbation", "selection")
+BILSTM_TASKS = ("sst2", "stsb")
+ROWS = {
+    "3x384/plain": "3 x 384, soft labels",
+    "3x384/gradient": "3 x 384, gradient branch",
+    "3x384/perturbation": "3 x 384, perturbation branch",
+    "3x384/selection": "3 x 384, feature selection",
+    "3x384/mix": "3 x 384, all three",
+    "bilstm/plain": "BiLSTM, soft labels",
+    "bilstm/branch": "BiLSTM, the branch best on held-out data",
+}
+_TRANSFORMERS = {row: title for row, title in ROWS.items() if row.startswith("3x384/")}
+_RECURRENT = {row: title for row, title in ROWS.items() if row.startswith("bilstm/")}
+_COMPARISONS = tuple((row, "3x384/plain") for row in _TRANSFORMERS if row != "3x384/plain")
+_RECURRENT_COMPARISONS = (("bilstm/branch", "bilstm/plain"),)
+_SHOWN = (("gradient", "cosine"), ("gradient", "spearman"), ("gradient", "overlap"), ("perturbation", "cosine"))
+
+
+def show(cells: Cells) -> str:
+    """Scores and differences of both kinds of students, and agreement of all."""
+    return "\n\n".join(
+        [
+            scores(cells, _TRANSFORMERS),
+            differences(cells, ROWS, _COMPARISONS),
+            scores(cells, _RECURRENT, BILSTM_TASKS),
+            differences(cells, ROWS, _RECURRENT_COMPARISONS, BILSTM_TASKS),
+            agreement(cells),
+        ]
+    )
+
+
+def agreement(cells: Cells) -> str:
+    """Means over seeds of how far teacher and student agree in what they look at."""
+    rows = []
+    for row, title in ROWS.items():
+        for name in BILSTM_TASKS if row in _RECURRENT else TASKS:
+            found = [cell["consistency"] for cell in cells.find(f"{name}/{row}", "validation")]
+            values = [f"{np.mean([f[kind][which] for f in found]):.2f}" if found else NOT_RUN for kind, which in _SHOWN]
+            rows.append([title, TASKS[name], *values])
+    heads = [f"{kind}, {which.replace('_', ' ')}" for kind, which in _SHOWN]
+    return table(["student", "task", *heads], rows)
+
+
+def show_held_out(cells: Cells) -> str:
+    """Every cell read on held-out data, with the settings in which it differs from its recipe as it is shipped."""
+    shipped = {shape: read_settings(name, []) for shape, name in SHAPES.items()}
+    rows = []
+    for name, title in TASKS.items():
+        for row, what in ROWS.items():
+            for cell in cells.find(f"{name}/{row}", "held-out"):
+                own, given = shipped[row.partition("/")[0]], cell["settings"]
+                differ = " ".join(
+                    f"{section}.{key}={value}"
+                    for section in ("student", "distil")
+                    for key, value in given[section].items()
+                    if own[section].get(key) != value
+                )
+                agree = f"{cell['consistency']['gradient']['cosine']:.2f}"
+                rows.append([title, what, differ, str(given["epochs"]), f"{100 * cell['score']:.2f}", agree])
+    heads = ["task", "model", "settings that differ from the recipe", "epochs", "held-out score", "gradient, cosine"]
+    return table(heads, rows)

@@ -1,0 +1,220 @@
+"""EGKD's branches: what each asks of the teacher, and what it makes the student learn.
+
+A branch is asked in two ways. `of_teacher` gives what is stored, for a batch of the data; `running_teacher` what one
+step needs, from a teacher that runs beside the student. `loss` is the branch's term of a step, and whether it was
+finite: where it was not, it is 0 and gives no gradient, without a look at the device.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastkd.explain import (
+    Classifier,
+    DistanceTo,
+    GradientSettings,
+    MaskPool,
+    Selector,
+    SelectorSettings,
+    central_difference,
+    distance,
+    gradient_attribution,
+    masked_logits,
+    rows_of,
+)
+from fastkd.losses import soft_label_loss
+
+
+@dataclass
+class Explained:
+    """A batch at a step.
+
+    Attributes:
+        inputs: what the student takes, labels among it.
+        teacher: "logits" (B, C) and, under each branch's name, what that branch has of the teacher.
+        example: (B,) int64, rows of the data. masks: (B, S, L) bool, the pool laid over the sequences; None without the
+            perturbation branch.
+        step: the optimizer step, from 0. stored: whether the teacher's part was read, and not just computed.
+        student: the student, under autocast where there is autocast. precise: the same without.
+        watched: embeddings and logits of the forward that gave the labels' loss, where they can serve again.
+    """
+
+    inputs: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+    example: Tensor
+    masks: Tensor | None
+    step: int
+    stored: bool
+    student: Classifier
+    precise: Classifier
+    watched: tuple | None = None
+
+
+@dataclass
+class GradientBranch:
+    """The student's gradient attributions come near the teacher's: distance(âS, âT), by double backward or by central
+    differences."""
+
+    settings: GradientSettings
+    target: str
+    second_order: str
+    distance: str
+    share: float
+
+    name: ClassVar[str] = "gradient"
+    per_token: ClassVar[bool] = True
+
+    def belongs_to(self) -> dict:
+        """What the teacher's results depend on."""
+        return asdict(self.settings) | {"target": self.target}
+
+    def classes(self, inputs: dict) -> Tensor | str:
+        """The classes that are explained; "predicted" where they are the teacher's own."""
+        if self.target != "label":
+            return self.target
+        labels = inputs["labels"]
+        return "predicted" if labels.is_floating_point() else labels  # a regression has one class
+
+    def of_teacher(self, teacher: Classifier, inputs: dict) -> Tensor:
+        with torch.autocast(inputs["input_ids"].device.type, enabled=False):
+            return gradient_attribution(teacher, inputs, self.settings, target=self.classes(inputs))
+
+    def running_teacher(self, teacher: Classifier, batch: Explained) -> Tensor:
+        return self.of_teacher(teacher, batch.inputs)
+
+    def rows(self, batch: Explained) -> list[int] | None:
+        """The sequences that are explained: every (1 / share)-th, from another one at every step; None are all."""
+        if self.share == 1:
+            return None
+        count = len(batch.inputs["input_ids"])
+        places = range(batch.step, batch.step + count)
+        return [row for row, i in enumerate(places) if int((i + 1) * self.share) > int(i * self.share)]
+
+    def loss(self, batch: Explained) -> tuple[Tensor, Tensor]:
+        inputs, wanted, logits = batch.inputs, batch.teacher[self.name], batch.teacher["logits"]
+        watched = batch.watched if self.settings.steps == 1 else None
+        scale = 1.0
+        if (rows := self.rows(batch)) is not None:
+            count = len(logits)
+            # Over processes and accumulated batches the sum is what a mean over the explained sequences would be.
+            scale, watched = len(rows) / (self.share * count), None
+            here = torch.tensor(rows, dtype=torch.int64).to(logits.device, non_blocking=True)
+            inputs, wanted, logits = rows_of(inputs, here), wanted[here], logits[here]
+            if not rows:
+                return logits.new_zeros(()).float(), torch.ones((), dtype=torch.bool, device=logits.device)
+        classes = self.classes(inputs)
+        if isinstance(classes, str) and classes == "predicted":
+            classes = logits.argmax(1)
+        if self.second_order == "exact":
+            scores = gradient_attribution(batch.precise, inputs, self.settings, target=classes, create_graph=True)
+            scores, wanted, usable = _usable(scores, wanted)
+            term = distance(scores, wanted, inputs["attention_mask"], self.distance)
+        else:
+            apart = DistanceTo(wanted, self.distance)
+            term = central_difference(batch.precise, inputs, self.settings, apart, target=classes, watched=watched)
+            usable = term.isfinite()
+        return scale * term.masked_fill(~usable, 0), usable
+
+    def cost(self) -> str:
+        steps = self.settings.steps
+        what = f"{self.settings.method} of the {self.settings.score}, {'' if steps == 1 else f'{steps} steps, '}"
+        what += {"predicted": "teacher's class", "label": "label", "all": "every class"}[self.target]
+        part = "" if self.share == 1 else f" of {self.share:.0%} of the sequences"
+        each = " for each class" if self.target == "all" else ""
+        further = {
+            "exact": f"a forward, a backward to the embeddings{each} and the backward through both{part}, on unfused "
+            "attention",
+            "central_difference": f"a backward to the embeddings and 2 forwards and backwards{each}{part}",
+        }
+        return f"{what}; further passes: {further[self.second_order]}"
+
+
+@dataclass
+class PerturbationBranch:
+    """Under masks of a fixed pool the student says what the teacher says: τ² KL, mean over masks. An explanation is a
+    fixed linear map of these logits: equal logits are equal explanations."""
+
+    pool: MaskPool
+    masks: int
+    baseline: str
+    temperature: float
+    seed: int
+
+    name: ClassVar[str] = "perturbation"
+    per_token: ClassVar[bool] = False
+
+    def belongs_to(self) -> dict:
+        return asdict(self.pool) | {"baseline": self.baseline}
+
+    def of_teacher(self, teacher: Classifier, inputs: dict) -> Tensor:
+        kept = self.pool.spread(teacher.maskable(inputs))
+        return masked_logits(teacher, inputs, kept, baseline=self.baseline)
+
+    def running_teacher(self, teacher: Classifier, batch: Explained) -> Tensor:
+        return masked_logits(teacher, batch.inputs, self.kept(batch), baseline=self.baseline)
+
+    def which(self, batch: Explained) -> Tensor:
+        """(B, M) int64, the masks of this step: a function of (seed, step, example) alone. All masks are equally
+        likely, and no two of a sequence are the same."""
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + batch.step)
+        order = torch.randperm(self.pool.samples, generator=draw).to(batch.example.device, non_blocking=True)
+        turns = batch.example[:, None] * self.masks + torch.arange(self.masks, device=batch.example.device)
+        return order[turns % self.pool.samples]
+
+    def kept(self, batch: Explained) -> Tensor:
+        """(B, M, L) bool."""
+        return batch.masks.gather(1, self.which(batch)[..., None].expand(-1, -1, batch.masks.shape[2]))
+
+    def loss(self, batch: Explained) -> tuple[Tensor, Tensor]:
+        logits = masked_logits(batch.student, batch.inputs, self.kept(batch), baseline=self.baseline)
+        wanted = batch.teacher[self.name]
+        if batch.stored:  # of the whole pool
+            wanted = wanted.gather(1, self.which(batch)[..., None].expand(-1, -1, wanted.shape[2]))
+        logits, wanted, usable = _usable(logits.flatten(0, 1), wanted.flatten(0, 1))
+        return soft_label_loss(logits, wanted, self.temperature), usable
+
+    def cost(self) -> str:
+        passes = "1 forward and backward" if self.masks == 1 else f"{self.masks} forwards and backwards"
+        return f"{self.masks} of {self.pool.samples} {self.pool.kind} masks for each sequence; further passes: {passes}"
+
+
+@dataclass
+class SelectionBranch:
+    """From the tokens that suffice the teacher the student says what the teacher says of all: τ² KL."""
+
+    settings: SelectorSettings
+    temperature: float
+    selector: Selector | None = None  # trained against the teacher, where the teacher is asked
+
+    name: ClassVar[str] = "selection"
+    per_token: ClassVar[bool] = True
+
+    def belongs_to(self) -> dict:
+        return asdict(self.settings)
+
+    def of_teacher(self, teacher: Classifier, inputs: dict) -> Tensor:
+        return self.selector.select(teacher, inputs, self.settings.ratio)
+
+    def running_teacher(self, teacher: Classifier, batch: Explained) -> Tensor:
+        return self.of_teacher(teacher, batch.inputs)
+
+    def loss(self, batch: Explained) -> tuple[Tensor, Tensor]:
+        kept = batch.teacher[self.name][:, None]
+        logits = masked_logits(batch.student, batch.inputs, kept, baseline=self.settings.baseline)[:, 0]
+        logits, wanted, usable = _usable(logits, batch.teacher["logits"])
+        return soft_label_loss(logits, wanted, self.temperature), usable
+
+    def cost(self) -> str:
+        return f"{self.settings.ratio:.0%} of the tokens, chosen once; further passes: 1 forward and backward"
+
+
+Branch = GradientBranch | PerturbationBranch | SelectionBranch
+
+
+def _usable(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both, and whether all their values are finite, a bool on their device; if not, both are 0 everywhere, where they
+    give no loss and no gradient."""
+    usable = student.isfinite().all() & teacher.isfinite().all()
+    return student.masked_fill(~usable, 0), teacher.masked_fill(~usable, 0), usable

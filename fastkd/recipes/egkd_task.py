@@ -1,0 +1,263 @@
+"""EGKD on a task: labels and soft labels, and beside them the teacher's explanations.
+
+Yang et al. (ACM TALLIP 23, 2024). What of this is the paper's stands in docs/methods/egkd.md.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from transformers import DataCollatorWithPadding, PreTrainedModel
+
+from fastkd.explain import TeacherResults, maskable_tokens
+from fastkd.explain.fingerprint import of_tokenizer
+from fastkd.losses import soft_label_loss
+from fastkd.recipes.egkd_branches import Explained, PerturbationBranch
+from fastkd.recipes.egkd_settings import EgkdConfig
+from fastkd.recipes.egkd_teacher import classifier_of, running_teacher, special_ids
+from fastkd.recipes.training import DistillationTrainer, NotFiniteError, check_vocabulary
+
+
+class EgkdTrainer(DistillationTrainer):
+    """Trains a student on a task, on its teacher's answers and on its teacher's explanations.
+
+    Args:
+        model: the student, a classifier of any architecture that offers embeddings.
+        args: `EgkdConfig`.
+        teacher: `TeacherResults` for the training data, from `teacher_results`: no teacher runs. Or the fine-tuned
+            teacher, a model, which then runs at every step.
+        train_dataset, eval_dataset: from `Task.tokenize`.
+        processing_class: the tokenizer.
+
+    Logged beside the loss terms: `explanations_skipped`, batches since the last log whose explanations were not finite.
+
+    Raises:
+        ValueError: heads of different labels, results of other data or without a branch's part, labels out of range, a
+            student that offers no embeddings: before anything is loaded to a device.
+        NotFiniteError: as `DistillationTrainer`, and where explanations were not finite `args.max_skipped` times in a
+            row.
+    """
+
+    def __init__(
+        self,
+        model,
+        args: EgkdConfig,
+        *,
+        teacher: TeacherResults | PreTrainedModel,
+        processing_class,
+        train_dataset=None,
+        data_collator=None,
+        **kwargs,
+    ):
+        classifier_of(model, processing_class)
+        check_vocabulary(processing_class, student=model)
+        check_results(model, teacher, train_dataset, args)
+        check_tokenizer(processing_class, teacher)
+        self.branches = args.make_branches()
+        self._teacher, self._running, self._explainable = teacher, None, None
+        self._skipped: Tensor | None = None  # (3,) on the device: since the last log, in a row, and longest row
+        stored = teacher if isinstance(teacher, TeacherResults) else None
+        if train_dataset is not None:
+            train_dataset = train_dataset.add_column("example", list(range(len(train_dataset))))
+        super().__init__(
+            model,
+            args,
+            processing_class=processing_class,
+            train_dataset=train_dataset,
+            data_collator=TeacherCollator(
+                data_collator or DataCollatorWithPadding(processing_class), processing_class, stored, self.branches
+            ),
+            **kwargs,
+        )
+
+    @property
+    def _stored(self) -> bool:
+        return isinstance(self._teacher, TeacherResults)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the terms that this step has."""
+        args, step = self.args, self.state.global_step
+        weights = {"task": 1 - args.soft_weight, "soft": args.soft_weight}
+        if step >= round(args.explain_after * self.state.max_steps):
+            weights |= args.explaining
+            if step % args.explain_every:
+                weights.pop("gradient", None)
+        return {name: weight for name, weight in weights.items() if weight}
+
+    @property
+    def active(self) -> list:
+        """The branches of this step."""
+        return [branch for branch in self.branches if branch.name in self.weights]
+
+    def train(self, *args, **kwargs):
+        if not self._stored:
+            self._running, self.branches = running_teacher(
+                self._teacher, self.processing_class, self.train_dataset, self.args
+            )
+        return super().train(*args, **kwargs)
+
+    def loss_terms(self, model, inputs):
+        given = self.targets(inputs)
+        batch = self._explained(inputs, given)
+        active = self.active
+        watches = any(branch.name == "gradient" for branch in active) and batch.student is batch.precise
+        if watches:
+            with batch.student.watch() as seen:
+                outputs = model(**batch.inputs)
+            batch.watched = (seen, outputs.logits)
+        else:
+            outputs = model(**batch.inputs)
+        terms = {}
+        if "task" in self.weights:
+            terms["task"] = outputs.loss
+        if "soft" in self.weights:
+            terms["soft"] = soft_label_loss(outputs.logits, given["logits"], self.args.temperature)
+        usable = []
+        for branch in active:
+            terms[branch.name], finite = branch.loss(batch)
+            usable.append(finite)
+        if usable:
+            self._count(torch.stack(usable).all())
+        return terms, outputs
+
+    def compute_targets(self, inputs):
+        if self._stored:
+            return inputs["teacher"]
+        batch = self._explained(inputs, {})
+        given = {"logits": self._running.logits(batch.inputs)}
+        return given | {branch.name: branch.running_teacher(self._running, batch) for branch in self.active}
+
+    def _explained(self, inputs: dict, given: dict[str, Tensor]) -> Explained:
+        if self._explainable is None:
+            student = self.accelerator.unwrap_model(self.model)
+            # accelerate puts autocast into the model's forward; a difference of scores would drown in its rounding.
+            forward = getattr(student, "_original_forward", None)
+            plain = classifier_of(student, self.processing_class)
+            precise = plain if forward is None else classifier_of(student, self.processing_class, forward)
+            self._explainable = (plain, precise)
+        taken = {name: value for name, value in inputs.items() if name not in ("teacher", "example", "masks")}
+        return Explained(
+            taken,
+            given,
+            inputs["example"],
+            inputs.get("masks"),
+            self.state.global_step,
+            self._stored,
+            *self._explainable,
+        )
+
+    @torch.no_grad()
+    def _count(self, usable: Tensor) -> None:
+        """Count a batch whose explanations were not finite, on the device."""
+        if self._skipped is None:
+            self._skipped = torch.zeros(3, dtype=torch.int64, device=usable.device)
+        total, row, longest = self._skipped
+        row = torch.where(usable, 0, row + 1)
+        self._skipped = torch.stack([total + ~usable, row, torch.maximum(longest, row)])
+        if self._reads_losses_at_once(usable):
+            self._stop_if_skipped(int(self._skipped[2]))
+
+    def _stop_if_skipped(self, longest: int) -> None:
+        if longest >= self.args.max_skipped:
+            raise NotFiniteError(
+                f"step {self.state.global_step}: the explanations of {longest} batches in a row were NaN or infinite "
+                f"(max_skipped={self.args.max_skipped}). The run stops; checkpoints in {self.args.output_dir} are from "
+                "before. Look at the teacher and the learning rate"
+            )
+
+    def extra_logs(self):
+        if self._skipped is None:
+            return {}
+        found = self.accelerator.gather(self._skipped[None])
+        self._stop_if_skipped(int(found[:, 2].max()))
+        self._skipped = torch.stack([torch.zeros_like(self._skipped[0]), *self._skipped[1:]])
+        return {"explanations_skipped": int(found[:, 0].sum())}
+
+    def description(self):
+        args, lines = self.args, super().description()
+        lines["loss"] = " + ".join(
+            f"{weight:g} {name}"
+            for name, weight in {"task": 1 - args.soft_weight, "soft": args.soft_weight, **args.explaining}.items()
+            if weight
+        )
+        if self._stored:
+            lines["teacher"] = f"does not run: results of {len(self._teacher)} examples are stored"
+        else:
+            lines["teacher"] = "runs at every step"
+        for branch in self.branches:
+            lines[branch.name] = branch.cost()
+        if self.branches:
+            every = f"; gradient every {args.explain_every} steps" if args.explain_every > 1 else ""
+            lines["explained"] = f"after {args.explain_after:.0%} of the steps{every}"
+        return lines
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "example" not in self._signature_columns:
+            self._signature_columns.append("example")
+
+
+class TeacherCollator:
+    """Pads a batch, and lays beside it what is stored of the teacher and the masks of the pool, on the host: to look
+    sequences up by length on a device would make the host wait.
+
+    Rows that have no number `example`, those of an evaluation, are padded alone.
+    """
+
+    def __init__(self, pad, tokenizer, results: TeacherResults | None, branches: list):
+        self.pad, self.special_ids = pad, special_ids(tokenizer)
+        self.pool = next((branch.pool for branch in branches if isinstance(branch, PerturbationBranch)), None)
+        names = {"logits"} | {branch.name for branch in branches}
+        self.results = results and dataclasses.replace(
+            results,
+            per_example={name: values for name, values in results.per_example.items() if name in names},
+            per_token={name: values for name, values in results.per_token.items() if name in names},
+        )
+
+    def __call__(self, rows: list[dict]) -> dict:
+        numbered = "example" in rows[0]
+        if not numbered:
+            return self.pad(rows)
+        examples = torch.tensor([row["example"] for row in rows])
+        batch = dict(self.pad([{name: value for name, value in row.items() if name != "example"} for row in rows]))
+        batch["example"] = examples
+        if self.results is not None:
+            batch["teacher"] = self.results.batch(examples, batch["attention_mask"])
+        if self.pool is not None:
+            batch["masks"] = self.pool.spread(maskable_tokens(batch, self.special_ids))
+        return batch
+
+
+def check_tokenizer(tokenizer, teacher: TeacherResults | PreTrainedModel) -> None:
+    """Raise a ValueError where stored results are of the tokens of another tokenizer."""
+    if isinstance(teacher, TeacherResults) and teacher.fingerprint.tokenizer != of_tokenizer(tokenizer):
+        raise ValueError(
+            "the stored results are of another tokenizer's tokens; teacher and student need one tokenizer here "
+            "(fastkd.explain.WordAlignment compares explanations on words)"
+        )
+
+
+def check_results(model, teacher: TeacherResults | PreTrainedModel, data, args: EgkdConfig) -> None:
+    """Raise a ValueError where teacher, student and data do not belong together."""
+    classes = model.config.num_labels
+    if isinstance(teacher, TeacherResults):
+        given = teacher.per_example["logits"].shape[1]
+        stored = {*teacher.per_example, *teacher.per_token}
+        if missing := [name for name in args.explaining if name not in stored]:
+            raise ValueError(
+                f"the stored results have nothing for {', '.join(missing)}; they hold {', '.join(sorted(stored))}"
+            )
+        if data is not None and len(teacher) != len(data):
+            raise ValueError(f"the stored results are of {len(teacher)} examples, the data has {len(data)}")
+    else:
+        given = teacher.config.num_labels
+    if given != classes:
+        raise ValueError(f"the teacher has {given} labels, the student {classes}; both need the task's")
+    if data is not None and classes > 1 and "labels" in data.column_names:
+        low, high = min(data["labels"][:]), max(data["labels"][:])
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"target class {low if low < 0 else high} is out of range; the model has {classes} classes: "
+                f"0 to {classes - 1}"
+            )

@@ -1,0 +1,133 @@
+"""The teacher's side of EGKD: a classifier to explain, and its results, computed once and read back."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, PreTrainedModel
+
+from fastkd.explain import Classifier, Fingerprint, TeacherResults, compute_results, train_selector
+from fastkd.models.architectures import embeddings_of
+from fastkd.recipes.egkd_branches import Branch, SelectionBranch
+from fastkd.recipes.egkd_settings import EgkdConfig
+from fastkd.recipes.run_folder import load
+from fastkd.recipes.training import LengthGroupedBatches
+
+_TAKEN = ("input_ids", "attention_mask", "token_type_ids", "labels")
+
+
+def classifier_of(model: PreTrainedModel, tokenizer, forward=None) -> Classifier:
+    """The model as a function of what its first layer works on; of an architecture that is not known, of its word
+    embeddings. `forward` takes the model's place, such as one without autocast.
+
+    Raises ValueError for a model that offers no embeddings.
+    """
+    try:
+        embeddings = embeddings_of(model)
+    except (ValueError, AttributeError):
+        embeddings = _word_embeddings(model)
+    return Classifier(forward or model, embeddings, mask_id=tokenizer.mask_token_id, special_ids=special_ids(tokenizer))
+
+
+def _word_embeddings(model) -> nn.Module:
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embeddings = None
+    if embeddings is None:
+        raise ValueError(
+            f"{type(model).__name__} offers no embeddings to explain: neither is its architecture known "
+            "(fastkd.models.register_architecture) nor has it get_input_embeddings()"
+        )
+    return embeddings
+
+
+def special_ids(tokenizer) -> list[int]:
+    """What is never masked and never selected: what frames a sequence, and padding. [UNK] stands for a word."""
+    names = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+    return sorted({found for name in names if (found := getattr(tokenizer, name, None)) is not None})
+
+
+def results_settings(data, args: EgkdConfig) -> dict[str, dict]:
+    """By branch, what its results depend on beside the teacher, the tokenizer and the token ids."""
+    settings = {branch.name: branch.belongs_to() for branch in args.make_branches()}
+    if "gradient" in settings and args.target == "label":
+        labels = ",".join(map(str, data["labels"][:]))
+        settings["gradient"]["labels"] = hashlib.sha256(labels.encode()).hexdigest()
+    return settings
+
+
+def teacher_results(
+    teacher: str | Path | PreTrainedModel, tokenizer, data, args: EgkdConfig, path: str | Path
+) -> TeacherResults:
+    """Logits of the teacher on all of `data`, and what each branch needs of it: read from `path`, or computed and
+    written there where there is no such file.
+
+    teacher: the folder of the fine-tuned teacher, or the model. If the file is there, no model is made of the folder.
+    data: `Task.tokenize(...)["train"]`, in the order in which the trainer gets it.
+
+    Raises ValueError for a file that belongs to another teacher, tokenizer, data or settings (what differs is named),
+    and for results that are not finite.
+    """
+    expected = Fingerprint.of(teacher, tokenizer, data, results_settings(data, args))
+    if Path(path).exists():
+        return TeacherResults.load(path, expected)
+    model = teacher if isinstance(teacher, PreTrainedModel) else load(teacher)
+    classifier, branches = running_teacher(model, tokenizer, data, args)
+    batches = batches_of(data, tokenizer, args)
+    results = compute_results(
+        batches,
+        expected,
+        per_example={"logits": classifier.logits} | _explainers(branches, classifier, per_token=False),
+        per_token=_explainers(branches, classifier, per_token=True),
+    ).select(torch.tensor(batches.order).argsort())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    results.save(path)
+    return results
+
+
+def check_stored(path: str | Path, teacher: str | Path | None, tokenizer, data, args: EgkdConfig) -> None:
+    """Raise a ValueError where a file that is there already belongs to something else. A `teacher` that is still to
+    come, None, is not looked at."""
+    if Path(path).exists():
+        expected = Fingerprint.of(teacher, tokenizer, data, results_settings(data, args))
+        TeacherResults.fingerprint_of(path).check(expected, path)
+
+
+def running_teacher(model: PreTrainedModel, tokenizer, data, args: EgkdConfig) -> tuple[Classifier, list[Branch]]:
+    """The teacher, frozen and on its device, and branches that can ask it: a selector is trained against it here."""
+    classifier = classifier_of(model.eval().requires_grad_(False).to(args.device), tokenizer)
+    branches = args.make_branches()
+    for branch in branches:
+        if isinstance(branch, SelectionBranch):
+            branch.selector = train_selector(classifier, batches_of(data, tokenizer, args), branch.settings)
+    return classifier, branches
+
+
+def _explainers(branches: list[Branch], teacher: Classifier, *, per_token: bool) -> dict:
+    return {
+        branch.name: lambda inputs, branch=branch: branch.of_teacher(teacher, inputs)
+        for branch in branches
+        if branch.per_token == per_token
+    }
+
+
+class batches_of:
+    """Padded batches of sequences of equal length or nearly so, on the device; can be gone through again.
+
+    order: the rows of the data, as they come.
+    """
+
+    def __init__(self, data, tokenizer, args: EgkdConfig):
+        size = args.per_device_eval_batch_size
+        lengths = [len(ids) for ids in data["input_ids"][:]]
+        self.order = list(LengthGroupedBatches(lengths, size, args.seed))
+        taken = data.select_columns([name for name in data.column_names if name in _TAKEN])
+        self._loader = DataLoader(taken, size, sampler=self.order, collate_fn=DataCollatorWithPadding(tokenizer))
+        self._device = args.device
+
+    def __iter__(self):
+        for batch in self._loader:
+            yield {name: value.to(self._device) for name, value in batch.items()}

@@ -1,0 +1,355 @@
+"""EGKD on a task: labels, soft labels and branches of explanations, from stored results or beside a running teacher."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from datasets import Value
+
+import fastkd
+from fastkd.data.wordpiece import train_wordpiece
+from fastkd.explain import distance, gradient_attribution
+from fastkd.losses import soft_label_loss
+from fastkd.recipes import EgkdConfig, EgkdTrainer, NotFiniteError, egkd_branches, teacher_results
+from fastkd.recipes.egkd_teacher import classifier_of
+
+ALL = {"gradient": 10.0, "perturbation": 0.5, "selection": 0.5}
+
+
+@pytest.fixture(scope="module")
+def make_egkd(make_teacher, tokenizer, tokens, settings, tmp_path_factory):
+    """make_egkd(branches=.., stored=.., ..): the trainer of a student of two layers. What is stored of the usual
+    teacher serves all runs."""
+    file = tmp_path_factory.mktemp("results") / "results.safetensors"
+
+    def make(dropout=0.1, teacher=None, student=None, data=None, stored=True, branches=ALL, **changes):
+        sections = {"pool": {"samples": 6}, "selector": {"epochs": 1, "hidden": 8}}
+        config = EgkdConfig(**settings(**{"branches": branches, "explain_after": 0.0, **sections, **changes}))
+        usual = teacher is None and data is None and not changes.keys() & {"gradient", "target"}
+        given, data = teacher or make_teacher(dropout=0.0), data or tokens["train"]
+        if stored:
+            path = file if usual else tmp_path_factory.mktemp("results") / "results.safetensors"
+            wanted = EgkdConfig(**settings(branches=ALL, **sections)) if usual else config
+            given = teacher_results(given, tokenizer, data, wanted, path)
+        return EgkdTrainer(
+            student or fastkd.create_student(make_teacher(dropout=dropout), layers=2),
+            config,
+            teacher=given,
+            processing_class=tokenizer,
+            train_dataset=data,
+            eval_dataset=tokens["validation"],
+        )
+
+    return make
+
+
+def lines_of(trainer) -> list[dict]:
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def batch_of(trainer, rows=range(12)) -> dict:
+    """A batch of training examples as the trainer's collator makes it."""
+    data = trainer.train_dataset.select_columns(["input_ids", "attention_mask", "labels", "example"])
+    return trainer.data_collator([data[i] for i in rows])
+
+
+@pytest.fixture(scope="module")
+def trained_teacher(make_finetune):
+    trainer = make_finetune(max_steps=80)
+    trainer.train()
+    return trainer.model.eval()
+
+
+@pytest.mark.parametrize(
+    ("branch", "weight"), [("gradient", 100.0), ("perturbation", 1.0), ("selection", 1.0)], ids=lambda value: str(value)
+)
+def test_a_branch_trains_and_its_student_beats_the_untrained_one(make_egkd, trained_teacher, task, branch, weight):
+    trainer = make_egkd(teacher=trained_teacher, branches={branch: weight}, max_steps=40, learning_rate=5e-3)
+    trainer.compute_metrics = task.compute_metrics
+    before = trainer.evaluate()["eval_accuracy"]
+    trainer.train()
+    term = [line[f"loss_{branch}"] for line in lines_of(trainer)]
+    assert sum(term[-6:]) < 0.7 * sum(term[:6])
+    assert trainer.evaluate()["eval_accuracy"] > max(before, 0.9)
+
+
+def test_every_term_is_logged_and_their_weighted_sum_is_the_loss(make_egkd):
+    trainer = make_egkd(max_steps=2, soft_weight=0.6)
+    trainer.train()
+    weights = {"task": 0.4, "soft": 0.6, **ALL}
+    for line in lines_of(trainer):
+        terms = {name.removeprefix("loss_"): line[name] for name in line if name.startswith("loss_")}
+        assert terms.keys() == weights.keys() and line["explanations_skipped"] == 0
+        assert sum(weights[name] * term for name, term in terms.items()) == pytest.approx(line["loss"], abs=1e-6)
+
+
+def test_branches_begin_after_their_share_of_the_steps_and_the_gradient_comes_every_other_step(make_egkd):
+    trainer = make_egkd(max_steps=6, explain_after=0.3, explain_every=2)
+    trainer.train()
+    begun = [{name for name in ALL if f"loss_{name}" in line} for line in lines_of(trainer)]
+    other = {"perturbation", "selection"}
+    assert begun == [set(), set(), set(ALL), other, set(ALL), other]
+
+
+def test_without_a_branch_it_is_plain_distillation(make_egkd, make_teacher):
+    trainer = make_egkd(branches={}, dropout=0.0, soft_weight=0.7, temperature=3.0)
+    batch = batch_of(trainer)
+    assert batch["teacher"].keys() == {"logits"} and "masks" not in batch
+    terms, output = trainer.loss_terms(trainer.model.eval(), batch)
+    with torch.no_grad():
+        teacher = make_teacher()(batch["input_ids"], batch["attention_mask"])
+    assert terms.keys() == trainer.weights.keys() == {"task", "soft"}
+    torch.testing.assert_close(terms["task"], torch.nn.functional.cross_entropy(output.logits, batch["labels"]))
+    torch.testing.assert_close(terms["soft"], soft_label_loss(output.logits, teacher.logits, 3.0), atol=1e-5, rtol=1e-2)
+
+
+def test_plain_distillation_may_be_perturbed(make_egkd):
+    trainer = make_egkd(branches={"gradient": 0.0}, perturbation="embedding", max_steps=2)
+    trainer.train()
+    assert all(line["perturbation_skipped"] == 0 and "loss_gradient" not in line for line in lines_of(trainer))
+
+
+def test_attributions_of_every_class_are_stored_and_matched(make_egkd):
+    stored, running = (
+        make_egkd(branches={"gradient": 1.0}, target="all", stored=stored, dropout=0.0, max_steps=2)
+        for stored in (True, False)
+    )
+    for trainer in (stored, running):
+        trainer.train()
+    for one, other in zip(lines_of(stored), lines_of(running), strict=True):
+        assert one["loss_gradient"] == pytest.approx(other["loss_gradient"], rel=1e-2) and one["loss_gradient"] > 0
+
+
+def test_workers_load_what_the_trainer_loads_itself(make_egkd):
+    alone, workers = (make_egkd(max_steps=2, dropout=0.0, dataloader_num_workers=count) for count in (0, 1))
+    for trainer in (alone, workers):
+        trainer.train()
+    assert [line["loss"] for line in lines_of(alone)] == [line["loss"] for line in lines_of(workers)]
+
+
+@pytest.mark.parametrize("target", ["predicted", "label", "all"])
+def test_the_gradient_term_is_the_distance_of_the_attributions(make_egkd, make_teacher, tokenizer, target):
+    """From a teacher that runs, so that nothing is rounded."""
+    sections = {"gradient": {"method": "integrated_gradients", "steps": 3, "reduce": "sum", "norm": "l1"}}
+    teacher = make_teacher(dropout=0.0)
+    trainer = make_egkd(
+        teacher=teacher, stored=False, branches={"gradient": 1.0}, dropout=0.0, target=target, max_steps=1, **sections
+    )
+    trainer.train()
+    batch = batch_of(trainer)
+    terms, _ = trainer.loss_terms(trainer.model, batch)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    classes = {"label": batch["labels"], "all": "all"}.get(target)
+    if classes is None:
+        classes = teacher(**inputs).logits.argmax(1)
+    scores = [
+        gradient_attribution(classifier_of(model, tokenizer), inputs, trainer.args.explainer, target=classes)
+        for model in (trainer.model, teacher)
+    ]
+    torch.testing.assert_close(terms["gradient"].detach(), distance(*scores, batch["attention_mask"]))
+    assert terms["gradient"] > 0
+
+
+def test_central_differences_and_double_backward_train_alike(make_egkd):
+    """Plain SGD on the gradient branch alone, but for a trace of soft labels: parameters move by the same gradient."""
+    moved = {}
+    for form in ("exact", "central_difference"):
+        trainer = make_egkd(
+            branches={"gradient": 1e5}, soft_weight=1.0, dropout=0.0, second_order=form, optim="sgd",
+            learning_rate=1e-2, max_grad_norm=0.0, max_steps=1,
+        )  # fmt: skip
+        start = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        trainer.train()
+        moved[form] = torch.cat([(tensor - start[n]).flatten() for n, tensor in trainer.model.state_dict().items()])
+    error = (moved["exact"] - moved["central_difference"]).norm() / moved["exact"].norm()
+    print(f"relative error of the step: {error:.1e}")
+    assert moved["exact"].norm() > 1e-4 and error < 1e-2
+
+
+def test_the_forward_of_the_labels_serves_the_explanation_too(make_egkd):
+    """Central differences of a watched forward need two further forwards."""
+    trainer = make_egkd(branches={"gradient": 1.0}, max_steps=1)
+    ran = []
+    trainer.model.classifier.register_forward_hook(lambda *_: ran.append(1))
+    trainer.train()
+    assert len(ran) == 3
+
+
+def test_a_share_of_the_sequences_is_explained_and_the_sum_over_batches_is_their_mean(make_egkd):
+    trainer = make_egkd(branches={"gradient": 1.0}, dropout=0.0, explain_share=0.25)
+    whole = make_egkd(branches={"gradient": 1.0}, dropout=0.0)
+    batch = batch_of(trainer, range(16))
+    rows = []
+    for trainer.state.global_step in range(4):
+        trainer.state.max_steps = 100
+        [branch] = trainer.branches
+        chosen = branch.rows(trainer._explained(batch, {}))
+        alone, _ = whole.loss_terms(whole.model.eval(), batch_of(whole, chosen))
+        terms, _ = trainer.loss_terms(trainer.model.eval(), batch)
+        torch.testing.assert_close(terms["gradient"], alone["gradient"], rtol=1e-4, atol=1e-9)
+        rows += chosen
+    assert sorted(rows) == list(range(16))
+
+
+def test_masks_are_a_function_of_seed_step_and_example_and_differ_within_a_sequence(make_egkd):
+    trainer = make_egkd(branches={"perturbation": 1.0}, masks=3)
+    [branch] = trainer.branches
+    one, other = batch_of(trainer, [5, 6, 7]), batch_of(trainer, [7, 5])
+    drawn = []
+    for trainer.state.global_step in range(40):
+        here, there = (branch.which(trainer._explained(batch, {})) for batch in (one, other))
+        assert torch.equal(here[2], there[0]) and torch.equal(here[0], there[1])
+        assert all(len(set(row)) == 3 for row in here.tolist())
+        drawn.append(here)
+    counts = torch.stack(drawn).flatten().bincount(minlength=6)
+    assert counts.min() > 0.5 * counts.max()
+
+
+def test_the_perturbation_term_has_the_pools_masks_and_the_teachers_logits_under_them(make_egkd, make_teacher):
+    stored = make_egkd(branches={"perturbation": 1.0}, dropout=0.0, masks=4, pool={"samples": 6})
+    running = make_egkd(stored=False, branches={"perturbation": 1.0}, dropout=0.0, masks=4, max_steps=1)
+    running.train()
+    running.model.load_state_dict(stored.model.state_dict())
+    terms = [trainer.loss_terms(trainer.model.eval(), batch_of(trainer))[0] for trainer in (stored, running)]
+    stored.state.global_step = running.state.global_step
+    terms[0] = stored.loss_terms(stored.model.eval(), batch_of(stored))[0]
+    torch.testing.assert_close(terms[0]["perturbation"], terms[1]["perturbation"], rtol=2e-2, atol=1e-6)
+
+
+def test_a_resumed_run_repeats_every_loss_to_the_last_bit(make_egkd, assert_resumes_exactly):
+    """With dropout, all branches, two masks, and a gradient branch that begins in the middle."""
+    assert_resumes_exactly(lambda **changes: make_egkd(explain_after=0.3, masks=2, explain_every=2, **changes))
+
+
+def test_accumulating_4_x_8_equals_1_x_32(make_egkd, assert_accumulation_changes_nothing):
+    assert_accumulation_changes_nothing(lambda **changes: make_egkd(explain_share=0.5, **changes))
+
+
+@pytest.mark.parametrize("second_order", ["central_difference", "exact"])
+def test_bf16_explains_in_fp32_and_runs_the_rest_in_bf16(make_egkd, second_order):
+    trainer = make_egkd(max_steps=3, bf16=True, second_order=second_order)
+    seen = []
+    trainer.model.bert.encoder.layer[0].attention.self.query.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    trainer.train()
+    assert seen.count(torch.float32) == 3 * (3 if second_order == "central_difference" else 1)
+    assert seen.count(torch.bfloat16) == 3 * 3  # labels, one mask, selected tokens
+    assert all(math.isfinite(line["loss"]) and line["explanations_skipped"] == 0 for line in lines_of(trainer))
+
+
+def test_a_regression_has_squared_errors_and_explains_its_score(make_egkd, make_teacher, tokens):
+    features = tokens["train"].features.copy()
+    features["labels"] = Value("float32")
+    one = {"num_labels": 1, "problem_type": "regression"}
+    student = fastkd.create_student(make_teacher(dropout=0.0, **one), layers=2)
+    data = tokens["train"].cast(features)
+    teacher = make_teacher(dropout=0.0, **one)
+    trainer = make_egkd(teacher=teacher, student=student, data=data, target="label", max_steps=2)
+    batch = batch_of(trainer)
+    terms, output = trainer.loss_terms(trainer.model.eval(), batch)
+    scores = batch["teacher"]["logits"].float()
+    torch.testing.assert_close(terms["soft"], (output.logits - scores).square().mean())
+    torch.testing.assert_close(terms["task"], (output.logits[:, 0] - batch["labels"]).square().mean())
+    trainer.train()
+    assert all(line["loss_gradient"] > 0 for line in lines_of(trainer))
+
+
+def _poison(monkeypatch, batches: set[int]):
+    """The student's attributions of these explained batches (from 0) are NaN."""
+    original, calls = egkd_branches.gradient_attribution, iter(range(10**6))
+
+    def attribution(*args, create_graph=False, **kwargs):
+        scores = original(*args, create_graph=create_graph, **kwargs)
+        return scores + torch.nan if create_graph and next(calls) in batches else scores
+
+    monkeypatch.setattr(egkd_branches, "gradient_attribution", attribution)
+
+
+def test_a_batch_whose_attributions_are_nan_is_left_out_of_the_branch_and_counted(make_egkd, monkeypatch):
+    exact = {"branches": {"gradient": 1e4}, "second_order": "exact", "dropout": 0.0, "max_steps": 4, "max_skipped": 2}
+    _poison(monkeypatch, {1, 3})
+    trainer = make_egkd(**exact)
+    trainer.train()
+    assert [line["explanations_skipped"] for line in lines_of(trainer)] == [0, 1, 0, 1]
+    assert [line["loss_gradient"] == 0 for line in lines_of(trainer)] == [False, True, False, True]
+    assert all(torch.isfinite(tensor).all() for tensor in trainer.model.state_dict().values())
+
+
+def test_gradients_that_are_not_finite_spoil_no_parameter(make_egkd, monkeypatch):
+    """Central differences from a gradient with an infinity in it."""
+    module = importlib.import_module("fastkd.explain.central_difference")
+    original = module.gradients_of
+
+    def gradients_of(*args, **kwargs):
+        gradient = original(*args, **kwargs)
+        return gradient.index_fill(0, torch.tensor([1]), torch.inf)
+
+    monkeypatch.setattr(module, "gradients_of", gradients_of)
+    trainer = make_egkd(branches={"gradient": 1e4}, max_steps=2, max_skipped=9)
+    trainer.train()
+    assert [line["explanations_skipped"] for line in lines_of(trainer)] == [1, 1]
+    assert all(torch.isfinite(tensor).all() for tensor in trainer.model.state_dict().values())
+
+
+def test_the_run_stops_after_a_row_of_batches_without_explanations(make_egkd, monkeypatch):
+    _poison(monkeypatch, {0, 2, 3, 4})
+    trainer = make_egkd(branches={"gradient": 1.0}, second_order="exact", max_steps=9, max_skipped=3)
+    with pytest.raises(NotFiniteError, match=r"step 4: the explanations of 3 batches in a row were NaN or infinite"):
+        trainer.train()
+
+
+def test_step_0_says_what_is_about_to_happen_and_what_it_costs(make_egkd, capsys):
+    make_egkd(max_steps=1, explain_every=3, explain_share=0.5).train()
+    said = " ".join(capsys.readouterr().out.split())
+    for phrase in (
+        "0.2 task + 0.8 soft + 10 gradient + 0.5 perturbation + 0.5 selection",
+        "does not run: results of 330 examples are stored",
+        "gradient_x_input of the log_probability, teacher's class; further passes: a backward to the embeddings and 2 "
+        "forwards and backwards of 50% of the sequences",
+        "1 of 6 lime masks for each sequence; further passes: 1 forward and backward",
+        "30% of the tokens, chosen once; further passes: 1 forward and backward",
+        "after 0% of the steps; gradient every 3 steps",
+    ):
+        assert phrase in said, said
+
+
+def test_the_teacher_stays_as_it_is(make_egkd, make_teacher):
+    teacher = make_teacher()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    make_egkd(teacher=teacher, stored=False, max_steps=2).train()
+    assert not teacher.training and all(torch.equal(tensor, before[n]) for n, tensor in teacher.state_dict().items())
+
+
+def test_a_teacher_of_another_task_is_refused(make_egkd, make_teacher, tmp_path):
+    with pytest.raises(ValueError, match="the teacher has 3 labels, the student 2"):
+        make_egkd(teacher=make_teacher(num_labels=3), stored=False, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_results_of_another_tokenizers_tokens_are_refused(make_egkd, make_teacher, task, tokens):
+    results = make_egkd(branches={"selection": 1.0})._teacher
+    other = train_wordpiece(task.train["sentence"][:100], vocab_size=90, max_length=32)
+    config = EgkdConfig(output_dir="/nowhere", branches={"selection": 1.0}, use_cpu=True)
+    with pytest.raises(ValueError, match="the stored results are of another tokenizer's tokens"):
+        EgkdTrainer(make_teacher(), config, teacher=results, processing_class=other, train_dataset=tokens["train"])
+
+
+def test_a_label_out_of_range_is_refused(make_egkd, tokens, make_teacher, tmp_path):
+    wrong = tokens["train"].remove_columns("labels").add_column("labels", [2] * len(tokens["train"]))
+    with pytest.raises(ValueError, match="target class 2 is out of range; the model has 2 classes: 0 to 1"):
+        make_egkd(teacher=make_teacher(), data=wrong, stored=False, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_results_of_other_data_or_without_a_branch_are_refused(make_egkd, make_teacher, tokenizer, tokens):
+    trainer = make_egkd(branches={"selection": 1.0})
+    some = trainer._teacher.select(torch.arange(20))
+    without = EgkdConfig(output_dir="/nowhere", branches={"gradient": 1.0}, use_cpu=True)
+    for results, message in (
+        (some, "the stored results are of 20 examples, the data has 330"),
+        (trainer._teacher.__class__(some.fingerprint, some.tokens, some.per_example, {}), "nothing for gradient"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EgkdTrainer(
+                make_teacher(), without, teacher=results, processing_class=tokenizer, train_dataset=tokens["train"]
+            )
