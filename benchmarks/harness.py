@@ -163,7 +163,7 @@ def _take_turns(providers: list[Provider], case: Case, budget: float) -> dict[st
     gc.collect()
     gc.disable()
     try:
-        for provider in providers:  # compiles and fills caches
+        for provider in providers if case.evaluated else ():  # compiles what wants no gradient; all else has run
             _timed(provider, case)
         round_seconds = sum(sum(_timed(provider, case).values()) for provider in providers)
         rounds = min(MAX_ROUNDS, max(case.least_rounds, int(budget / max(round_seconds, 1e-9))))
