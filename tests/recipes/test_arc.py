@@ -248,7 +248,7 @@ def test_a_folder_with_another_run_is_left_alone(train, steps, finished, tmp_pat
     shutil.copytree(finished, tmp_path / "run")
     before = listing(tmp_path / "run")
     assert train("seed=5", "stage_a.max_steps=3") == 2
-    assert "holds another run (it differs in stage_a.max_steps: 12 -> 3, seed: 0 -> 5)" in capsys.readouterr().err
+    assert "holds another run (it differs in seed: 0 -> 5, stage_a.max_steps: 12 -> 3)" in capsys.readouterr().err
     assert listing(tmp_path / "run") == before
     assert not any(steps.values())
 
