@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fastkd.benchmarks.tables.glue_page import TASKS, differences, scores, table
+from fastkd.benchmarks.tables.glue_page import TASKS, differences, differing, scores, table
 from fastkd.benchmarks.tables.protocol import Cells
 from fastkd.benchmarks.tables.sparse_embeddings_page import NOT_RUN
 from fastkd.recipes import read_settings
@@ -59,12 +59,7 @@ def show_held_out(cells: Cells) -> str:
         for row, what in ROWS.items():
             for cell in cells.find(f"{name}/{row}", "held-out"):
                 own, given = shipped[row.partition("/")[0]], cell["settings"]
-                differ = " ".join(
-                    f"{section}.{key}={value}"
-                    for section in ("student", "distil")
-                    for key, value in given[section].items()
-                    if own[section].get(key) != value
-                )
+                differ = differing(own, given, ("student", "distil"))
                 agree = f"{cell['consistency']['gradient']['cosine']:.2f}"
                 rows.append([title, what, differ, str(given["epochs"]), f"{100 * cell['score']:.2f}", agree])
     heads = ["task", "model", "settings that differ from the recipe", "epochs", "held-out score", "gradient, cosine"]

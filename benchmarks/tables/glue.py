@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import AutoModel, PreTrainedModel
 
 from fastkd.benchmarks.tables import sparse_embeddings
-from fastkd.benchmarks.tables.glue_page import TASKS
+from fastkd.benchmarks.tables.glue_page import LENGTHS, TASKS
 from fastkd.benchmarks.tables.protocol import Cells
 from fastkd.benchmarks.tables.sparse_embeddings import logits
 from fastkd.benchmarks.tables.sparse_embeddings_page import encoded
@@ -29,7 +29,7 @@ from fastkd.models.loading import load_tokenizer
 from fastkd.recipes.run_folder import load
 from fastkd.recipes.settings import check_keys
 
-EPOCHS = {"sst2": 3, "mrpc": 5, "stsb": 3, "cola": 3}
+EPOCHS = 3
 _SST2_EXAMPLES = 16_000  # of 67,349
 
 
@@ -51,7 +51,7 @@ class GlueSources:
     def __post_init__(self):
         check_keys(self.teachers, tuple(TASKS), "teachers")
         check_keys(self.epochs, tuple(TASKS), "epochs")
-        self.epochs = EPOCHS | self.epochs
+        self.epochs = dict.fromkeys(TASKS, EPOCHS) | self.epochs
 
 
 class GlueTable(ABC):
@@ -150,7 +150,7 @@ def short(digest: str) -> str:
 
 def without_length(section: dict) -> dict:
     """The length of a run is that of all rows of its task."""
-    return {key: value for key, value in section.items() if key not in ("max_steps", "num_train_epochs")}
+    return {key: value for key, value in section.items() if key not in LENGTHS}
 
 
 def digest(settings: dict) -> str:

@@ -8,6 +8,7 @@ from fastkd.benchmarks.tables.protocol import Cells, interval, mean_and_error, p
 from fastkd.benchmarks.tables.sparse_embeddings_page import NOT_RUN, decoded
 
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "cola": "CoLA"}
+LENGTHS = ("max_steps", "num_train_epochs")  # of a run: that of all rows of its task
 AVERAGED = ("sst2", "mrpc", "stsb")  # of CoLA the teacher knows too little
 
 
@@ -94,3 +95,15 @@ def difference(cells: Cells, name: str, one: str, other: str) -> tuple[float, np
 def _with_interval(value: float, distribution: np.ndarray) -> str:
     low, high = interval(distribution)
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def differing(shipped: dict[str, dict], given: dict[str, dict], sections: Sequence[str]) -> str:
+    """The settings of a cell in which it differs from its recipe, as `section.key=value` words; `default` is a setting
+    that the recipe says and the cell left to the trainer."""
+    words = []
+    for section in sections:
+        if section in given:
+            own, cell = shipped[section], given[section]
+            keys = [*cell, *(key for key in own if key not in cell and key not in LENGTHS)]
+            words += [f"{section}.{key}={cell.get(key, 'default')}" for key in keys if own.get(key) != cell.get(key)]
+    return " ".join(words)

@@ -1,6 +1,6 @@
 """The finished cells of LRC-BERT as Markdown tables: scores, and which difference is one."""
 
-from fastkd.benchmarks.tables.glue_page import TASKS, differences, scores, table
+from fastkd.benchmarks.tables.glue_page import TASKS, differences, differing, scores, table
 from fastkd.benchmarks.tables.protocol import Cells
 from fastkd.recipes import read_settings
 
@@ -23,7 +23,6 @@ CHANGES = {  # of the recipe's section `distil`, by what stands behind a row's s
     "no_perturbation": {"perturbation": None},
     "one_stage": {"contrast_only": 0.0},
 }
-_UNSAID = {"pooling": "cls"}  # what a recipe that does not say it means
 COMPARISONS = (
     ("3x384/lrc_bert", "3x384/plain"),
     ("4x312/lrc_bert", "4x312/plain"),
@@ -48,12 +47,10 @@ def show_held_out(cells: Cells) -> str:
             for cell in cells.find(f"{name}/{row}", "held-out"):
                 shape, _, changed = row.partition("/")
                 own = shipped[shape] | {"distil": shipped[shape]["distil"] | CHANGES.get(changed, {})}
-                differ = " ".join(
-                    f"{section}.{key}={value}"
-                    for section in ("student", "general", "distil")
-                    for key, value in cell["settings"].get(section, {}).items()
-                    if own[section].get(key, _UNSAID.get(key)) != value
-                )
+                matched = {"layer_pairs": None, "pooling": "cls"}
+                own["general"] = {"seed": 0} | own["general"] | matched
+                own["distil"] = own["distil"] | matched
+                differ = differing(own, cell["settings"], ("student", "general", "distil", "finetune"))
                 epochs, held_out = cell["settings"]["epochs"], f"{100 * cell['score']:.2f}"
                 rows.append([title, what, differ, str(epochs), held_out, str(cell["seed"])])
     return table(["task", "model", "settings that differ from the recipe", "epochs", "held-out score", "seed"], rows)

@@ -20,11 +20,13 @@ struct Relation {
   bool with_grad;
 };
 
-// Where one head lies. Of a self relation the right sides are those on the left; the gradients are there `with_grad`.
+// Where one head lies. Of a self relation the right sides are those on the left; the gradients are there `with_grad`, and
+// get the factor `weight`.
 struct Head {
   Tokens student, student_right;
   Tokens teacher, teacher_right;
   Tokens grad, grad_right;
+  float weight = 1.f;
 };
 
 // From a dot product to a score in units of log2(e), in which the exponential is a power of two.
@@ -90,6 +92,10 @@ class HeadTiles {
 
   int64_t side(int64_t tile) const { // what is computed: the tokens rounded up to a multiple of 16
     return padded(tokens(tile));
+  }
+
+  float gradient_factor() const { // of S − P, in the gradient
+    return head_.weight / std::sqrt(static_cast<float>(relation.student_width));
   }
 
   // The dot products of tile (i, j).

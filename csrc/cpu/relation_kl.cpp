@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Mayb
                                                const Tensor& teacher, const MaybeTensor& teacher_right,
                                                const Tensor& starts, const Tensor& lengths, const MaybeTensor& order,
                                                int64_t /*max_length*/, int64_t num_heads, bool causal,
-                                               bool with_grad) {
+                                               int64_t divisor, bool with_grad) {
   const Tensor starts_ = starts.contiguous(), lengths_ = lengths.contiguous();
   const MaybeTensor order_ = order ? MaybeTensor(order->contiguous()) : std::nullopt;
   const Batch batch{starts_.const_data_ptr<int64_t>(), lengths_.const_data_ptr<int32_t>(),
@@ -160,6 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Mayb
                           cross,
                           causal,
                           with_grad};
+  const auto rows_of = [&](int64_t b) { return std::max<int64_t>(batch.lengths[b], 1); };
+  const bool folded = student.scalar_type() != at::kHalf; // see the schema
   const auto head_of = [&](int64_t task) {
     const int64_t b = longest_first[task / num_heads], h = task % num_heads;
     Head head;
@@ -171,6 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Mayb
     }
     if (with_grad) {
       head.grad = batch.tokens(grad, b, h, num_heads);
+      head.weight = folded ? static_cast<float>(1.0 / static_cast<double>(num_heads * rows_of(b) * divisor)) : 1.f;
     }
     if (with_grad && cross) {
       head.grad_right = batch.tokens(grad_right, b, h, num_heads);
@@ -187,9 +190,9 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Mayb
   // Summed over heads in their order, so that the loss is the same for every number of threads.
   for (int64_t i = 0; i < batch.size; ++i) {
     const double* heads = divergences.data() + i * num_heads;
-    const int64_t b = longest_first[i], rows = std::max<int64_t>(batch.lengths[b], 1);
+    const int64_t b = longest_first[i];
     losses.mutable_data_ptr<float>()[b] =
-        static_cast<float>(std::accumulate(heads, heads + num_heads, 0.0) / static_cast<double>(num_heads * rows));
+        static_cast<float>(std::accumulate(heads, heads + num_heads, 0.0) / static_cast<double>(num_heads * rows_of(b)));
   }
   return {losses, grad, grad_right};
 }

@@ -176,9 +176,9 @@ class StripForm {
   }
 
   // The divergence of the rows of tile i. From here on the first two sums hold, per row, the factor that turns an
-  // exponential into a probability divided by √d: what the gradient needs.
+  // exponential into a probability times the factor of the gradient.
   double finish(int64_t i, RowSums& sums) {
-    const float inverse_root = 1.f / std::sqrt(static_cast<float>(tiles_.relation.student_width));
+    const float factor = tiles_.gradient_factor();
     double divergence = 0;
     const int64_t rows = tiles_.tokens(i);
     for (int64_t row = 0; row < rows; ++row) {
@@ -186,8 +186,8 @@ class StripForm {
       const float teacher = sum_of(Vec::loadu(sums.teacher + row * Vec::size()));
       const float weighted = sum_of(Vec::loadu(sums.weighted + row * Vec::size()));
       divergence += 0.69314718f * (weighted / teacher) + std::log(student / teacher);
-      sums.student[row] = inverse_root / student;
-      sums.teacher[row] = inverse_root / teacher;
+      sums.student[row] = factor / student;
+      sums.teacher[row] = factor / teacher;
     }
     std::fill(sums.student + rows, sums.student + kTile, 0.f);
     std::fill(sums.teacher + rows, sums.teacher + kTile, 0.f);
@@ -203,7 +203,7 @@ class StripForm {
     tiles_.end_row_gradients(last);
   }
 
-  // G = (S − P) / √d of tile (i, j), in the place of the student's scores.
+  // G = (S − P) · factor of tile (i, j), in the place of the student's scores.
   float* difference(int64_t i, int64_t j, const RowSums& sums) {
     alignas(64) float student_factor[kTile], teacher_factor[kTile];
     float* student = student_tile(j);

@@ -72,7 +72,7 @@ class SymmetricForm {
     float* half; // half the diagonal, as a dot product
     float* weight; // v, zero for padding
     float* sum; // Z
-    float* inverse; // 1 / (Z √d), zero for padding
+    float* inverse; // the factor of the gradient / Z, zero for padding
   };
 
   static int64_t kept_tiles(const Relation& relation, bool keep) {
@@ -245,7 +245,7 @@ class SymmetricForm {
   // The divergence of all rows: Σ_j P_ij (log P_ij − log S_ij), where log2 P_ij is the exponent of E_ij plus those of v_j
   // and 1 / Z_i. Sums are taken relative to the row's own weight, which is the largest term of most rows.
   double finish() {
-    const Vec inverse_root(1.f / std::sqrt(static_cast<float>(tiles_.relation.student_width)));
+    const Vec factor(tiles_.gradient_factor());
     for (int64_t row = 0; row < padded(count_); row += Vec::size()) {
       const Vec valid = first_lanes(count_ - row);
       const Vec student_sum = Vec::loadu(student_.sum + row), teacher_sum = Vec::loadu(teacher_.sum + row);
@@ -253,8 +253,8 @@ class SymmetricForm {
       const Vec teacher = teacher_sum / Vec::loadu(teacher_.weight + row);
       const Vec mean = Vec::loadu(weighted_sum_ + row) / teacher_sum - Vec::loadu(offset_ + row);
       at::vec::fmadd(mean, Vec(0.69314718f), (student / teacher).log()).store(weighted_sum_ + row);
-      (inverse_root / student_sum & valid).store(student_.inverse + row);
-      (inverse_root / teacher_sum & valid).store(teacher_.inverse + row);
+      (factor / student_sum & valid).store(student_.inverse + row);
+      (factor / teacher_sum & valid).store(teacher_.inverse + row);
     }
     return std::accumulate(weighted_sum_, weighted_sum_ + count_, 0.0);
   }
@@ -293,7 +293,7 @@ class SymmetricForm {
     }
   }
 
-  // (G + Gᵀ) / √d of tile (i, j), off the diagonal.
+  // (G + Gᵀ) · factor of tile (i, j), off the diagonal.
   void difference(int64_t i, int64_t j, float* student, const float* teacher) {
     tiles_.gradient.begin(student);
     const Gradient<Element> gradient = tiles_.gradient; // in registers: a member is read again after every store
