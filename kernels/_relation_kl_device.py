@@ -91,12 +91,21 @@ def _dot(b_left, b_right, INTERPRETED: tl.constexpr):
     return tl.dot(b_left.to(b_right.dtype), b_right, input_precision="ieee")
 
 
+@triton.jit
+def _gradient_factor(p_grad, WEIGHT, C_S, LENGTH):
+    """From a sum of (S − P) · 2^14 to the gradient; WEIGHT: 1 / (num_heads · divisor), in fp16 left to backward."""
+    factor = C_S * (_LN_2 / _G_SCALE)  # 1 / √d
+    if p_grad.dtype.element_ty != tl.float16:
+        factor = factor * (WEIGHT / tl.maximum(LENGTH, 1))
+    return factor
+
+
 @triton.jit(do_not_specialize=_RUNTIME)
 def short(
     p_own_s, s_own_s, s_own_seq_s, p_other_s, s_other_s, s_other_seq_s,
     p_own_t, s_own_t, s_own_seq_t, p_other_t, s_other_t, s_other_seq_t,
     p_starts, p_lengths, p_order, s_order, p_partial, s_partial, s_partial_seq,
-    p_grad, p_grad_right, s_grad, s_grad_seq, C_S, C_T, MAX_LENGTH,
+    p_grad, p_grad_right, s_grad, s_grad_seq, WEIGHT, C_S, C_T, MAX_LENGTH,
     WIDTH_S: tl.constexpr, PADDED_S: tl.constexpr, UNIT_S: tl.constexpr,
     WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr, UNIT_T: tl.constexpr,
     OWN: tl.constexpr, TILE: tl.constexpr, CROSS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
@@ -112,7 +121,7 @@ def short(
     b_other_s = _load_rows(p_other_s, s_other_s, s_other_seq_s, place, o_rows, b_other, WIDTH_S, PADDED_S, UNIT_S)
     b_other_t = _load_rows(p_other_t, s_other_t, s_other_seq_t, place, o_rows, b_other, WIDTH_T, PADDED_T, UNIT_T)
 
-    factor = C_S * (_LN_2 / _G_SCALE)  # 1 / √d
+    factor = _gradient_factor(p_grad, WEIGHT, C_S, LENGTH)
     b_grad = tl.zeros((TILE, PADDED_S), tl.float32)
     kl = 0.0
     for first in range(0, LENGTH, OWN):
@@ -279,7 +288,7 @@ def _difference(b_s, b_m_s, b_z_s, C_S, b_t, b_m_t, b_z_t, C_T):
 def gradient_sweep(
     p_own_s, s_own_s, s_own_seq_s, p_other_s, s_other_s, s_other_seq_s,
     p_own_t, s_own_t, s_own_seq_t, p_other_t, s_other_t, s_other_seq_t,
-    p_starts, p_lengths, p_order, s_order, p_grad, s_grad, s_grad_seq,
+    p_starts, p_lengths, p_order, s_order, p_grad, s_grad, s_grad_seq, WEIGHT,
     p_origin, p_stats, s_plane, s_stats, s_stats_seq, C_S, C_T, MAX_LENGTH, HEADS, BLOCKS,
     WIDTH_S: tl.constexpr, PADDED_S: tl.constexpr, UNIT_S: tl.constexpr,
     WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr, UNIT_T: tl.constexpr,
@@ -368,7 +377,7 @@ def gradient_sweep(
                     b_pairs = b_pairs & (o_other[None, :] >= o_own[:, None])
             b_grad += _dot(tl.where(b_pairs, b_g, 0.0), b_other_s, INTERPRETED)
 
-    b_grad = tl.where(b_own[:, None], b_grad * (C_S * (_LN_2 / _G_SCALE)), 0.0)
+    b_grad = tl.where(b_own[:, None], b_grad * _gradient_factor(p_grad, WEIGHT, C_S, LENGTH), 0.0)
     _store_rows(p_grad, s_grad, s_grad_seq, place, o_rows_own, b_grad, o_own < LIMIT, WIDTH_S, PADDED_S, UNIT_S)
 
 

@@ -93,7 +93,8 @@ def cos_nce(
     return losses, grad
 
 
-def cos_nce_scale(grad: Tensor, factor: Tensor) -> None:
+def scale_gradient(grad: Tensor, factor: Tensor) -> None:
+    """By the schema of fastkd/ops/upstream.py."""
     if grad.numel():
         with torch.cuda.device_of(grad):
             blocks = min(triton.cdiv(grad.numel(), 2048), 4096)

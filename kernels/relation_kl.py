@@ -44,6 +44,7 @@ def relation_kl(
     max_length: int,
     num_heads: int,
     causal: bool,
+    divisor: int,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of each sequence and the student's gradient, by the schema of fastkd/ops/relation_kl.py.
@@ -101,6 +102,7 @@ def relation_kl(
     tokens = (starts, lengths, order, 0 if order is None else order.stride(0))
     partials = (partial, slots, 1 if packed else blocks)
     s_grad = (student.shape[-1] // unit_s, 0 if packed else length * student.shape[-1] // unit_s)
+    weight = 1 / (num_heads * divisor)
     scales = (math.log2(math.e) / math.sqrt(width_s), math.log2(math.e) / math.sqrt(width_t))
     options = {"num_warps": warps, "enable_fp_fusion": True}
     constants = {
@@ -111,8 +113,8 @@ def relation_kl(
     with torch.cuda.device_of(student):
         if tile:
             short[batch, num_heads](
-                *left, *tokens, *partials, grad, grad_right, *s_grad, *scales, max_length, **constants, TILE=tile,
-                CROSS=cross, PACKED=packed, WITH_GRAD=with_grad, **options, num_stages=1,
+                *left, *tokens, *partials, grad, grad_right, *s_grad, weight, *scales, max_length, **constants,
+                TILE=tile, CROSS=cross, PACKED=packed, WITH_GRAD=with_grad, **options, num_stages=1,
             )  # fmt: skip
         else:
             # Two numbers per model, head and row: 16 bytes. And the scores that `row_sweep` measures from, per head.
@@ -129,14 +131,14 @@ def relation_kl(
             )  # fmt: skip
             if with_grad:
                 gradient_sweep[grid](
-                    *left, *tokens, grad, *s_grad, *scratch, *sizes, **constants, ROWS=True, COLUMNS=not cross,
+                    *left, *tokens, grad, *s_grad, weight, *scratch, *sizes, **constants, ROWS=True, COLUMNS=not cross,
                     PACKED=packed, **options,
                 )  # fmt: skip
             if with_grad and cross:
                 right = operands(right_s, student, right_t, teacher)
                 gradient_sweep[grid](
-                    *right, *tokens, grad_right, *s_grad, *scratch, *sizes, **constants, ROWS=False, COLUMNS=True,
-                    PACKED=packed, **options,
+                    *right, *tokens, grad_right, *s_grad, weight, *scratch, *sizes, **constants, ROWS=False,
+                    COLUMNS=True, PACKED=packed, **options,
                 )  # fmt: skip
         sequence_losses[(batch,)](
             losses, starts, lengths, *partials, max_length, num_heads, OWN=tile or own, CHUNK=256, num_warps=4,

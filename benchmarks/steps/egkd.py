@@ -69,7 +69,7 @@ _WAYS = {
         *_both(_EXACT, "gradient", goal=3.0, second_order="exact"),
         *_both("perturbation, one mask", "perturbation", goal=1.9),
         *_both("selection", "selection", goal=1.9),
-        _Way("all three, stored", ("gradient", "perturbation", "selection")),
+        _Way("all three, stored", ("gradient", "perturbation", "selection"), second_order="exact"),
     ],
     "classes": [
         _Way(f"{_DIFFERENCE}, stored", ("gradient",), goal=1 / 3),
@@ -86,8 +86,8 @@ _OF_STORING, _OF_DIFFERENCE = 2e-3, 5e-3
 
 
 def cases(shapes: str, device: str):
-    """In the numbers that training would choose: bf16 autocast where it is faster, else fp32; `full` has fp32 too. The
-    gradient branch runs without autocast in both."""
+    """In the numbers that training would choose: bf16 autocast where it is faster, else fp32; `full` has fp32 too.
+    Passes of a central difference run without autocast in both."""
     for shape in SHAPES[shapes]:
         if bf16_pays():
             yield case(*shape, dtype=torch.bfloat16, device=device)
@@ -111,7 +111,7 @@ def case(
         return EgkdConfig(
             output_dir=folder, max_steps=1, learning_rate=0.0, per_device_train_batch_size=batch, explain_after=0.0,
             branches={name: weights[name] for name in branches}, second_order=second_order, gradient=explained,
-            target="all" if kind == "classes" else "predicted", selector={"epochs": 1},
+            target="all" if kind == "classes" else "predicted", selector={"epochs": 1}, pool={"samples": 8},
             bf16=dtype == torch.bfloat16, use_cpu=device == "cpu",
             save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
@@ -201,7 +201,7 @@ def _kept(way: _Way, trainer: EgkdTrainer, batch: dict) -> dict[str, Tensor]:
     for branch in trainer.branches:
         if isinstance(branch, PerturbationBranch):
             step = trainer.state.global_step
-            now = Explained(batch, {}, batch["example"], batch["masks"], step, way.stored, None, None)
+            now = Explained(batch, {}, batch["example"], batch["masks"], step, way.stored, None, None, False)
             kept["perturbation"] = branch.kept(now)
         if isinstance(branch, SelectionBranch):
             kept["selection"] = trainer.targets(batch)["selection"][:, None]

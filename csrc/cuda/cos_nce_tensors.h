@@ -136,7 +136,7 @@ struct Ops {
   static void register_in(Library& m) {
     m.impl("cos_nce_sums_cuda", TORCH_BOX(&sums));
     m.impl("cos_nce_cuda", TORCH_BOX(&losses));
-    m.impl("cos_nce_scale_cuda", TORCH_BOX(&scale));
+    m.impl("scale_gradient_cuda", TORCH_BOX(&scale));
   }
 };
 

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kSweepThreads) gradient_sweep(Sweep sweep) {
         }
       });
     }
-    const float factor = sweep.scale_s * (kLn2 / kGradientScale); // 1 / √d
+    const float factor = gradient_factor(sweep, place);
     const int shift = shift_of(sweep.own_s, place);
     const int limit = sweep.batch.packed ? place.length : sweep.batch.max_length;
 #pragma unroll

@@ -33,6 +33,7 @@ struct Call {
   int64_t order_stride, sequences, rows, length; // rows of all sequences; length of a padded tensor, 0 if packed
   int max_length, heads;
   bool packed, cross, causal, with_grad;
+  float weight; // 1 / (heads · divisor)
   float* losses;
   void *grad, *grad_right;
   float* stats; // 4 · heads · rows with a gradient
@@ -156,6 +157,7 @@ void launch_relation_kl(Launcher& launcher, const Call& call) {
   sweep.grad_row = static_cast<int64_t>(call.heads) * call.student.width;
   sweep.grad_sequence = sweep.grad_row * call.length;
   sweep.grad_type = type;
+  sweep.weight = call.weight;
   sweep.counters = counters;
 
   if (split) {

@@ -298,7 +298,7 @@ struct Resident {
 
   // The gradient of all tokens, and zero for padding; of neighbouring channels two lie side by side in a thread.
   __device__ void write_gradient(const Place& place) const {
-    const float factor = sweep.scale_s * (kLn2 / kGradientScale); // 1 / √d
+    const float factor = gradient_factor(sweep, place);
     const int width = sweep.own_s.width, shift = shift_of(sweep.own_s, place);
     const int limit = sweep.batch.packed ? length : sweep.batch.max_length;
     for (int i = thread(); i < limit * kWidth; i += threads()) {

@@ -44,6 +44,7 @@ struct Sweep {
   void* grad; // contiguous
   int64_t grad_row, grad_sequence;
   Type grad_type;
+  float weight; // 1 / (heads · divisor)
   // What the resident kernel left over: per (sequence, head), and counters[1] of them; null where it did not run.
   int32_t* pending;
   int32_t* counters;
@@ -56,6 +57,12 @@ __device__ inline float* stats_of(const Sweep& sweep, const Place& place) {
 __device__ inline float* partial_of(const Sweep& sweep, const Place& place) {
   return sweep.partial + place.head * sweep.partial_head + place.sequence * sweep.partial_sequence +
          place.start / kOwnRows;
+}
+
+// From a sum of (S − P) · 2^14 to the gradient: 1 / √d, and the loss's own factor unless it is left to backward.
+__device__ inline float gradient_factor(const Sweep& sweep, const Place& place) {
+  const float factor = sweep.scale_s * (kLn2 / kGradientScale);
+  return sweep.grad_type == Type::kFp16 ? factor : factor * (sweep.weight / static_cast<float>(place.length));
 }
 
 // Where the operands lie in shared memory.

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl_on(Launcher& launcher, const Tens
                                                   const MaybeTensor& student_right, const Tensor& teacher,
                                                   const MaybeTensor& teacher_right, const Tensor& starts,
                                                   const Tensor& lengths, const MaybeTensor& order, int64_t max_length,
-                                                  int64_t num_heads, bool causal, bool with_grad) {
+                                                  int64_t num_heads, bool causal, int64_t divisor, bool with_grad) {
   const bool packed = student.dim() == 2, cross = student_right.has_value();
   const int64_t length = student.size(student.dim() - 2), rows = packed ? length : length * student.size(0);
   const Tensor starts_ = torch::stable::contiguous(starts), lengths_ = torch::stable::contiguous(lengths);
@@ -58,6 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> relation_kl_on(Launcher& launcher, const Tens
   call.sequences = lengths.size(0), call.rows = rows, call.length = packed ? 0 : length;
   call.max_length = static_cast<int>(std::min(max_length, length)), call.heads = static_cast<int>(num_heads);
   call.packed = packed, call.cross = cross, call.causal = causal, call.with_grad = with_grad;
+  call.weight = 1.f / static_cast<float>(num_heads * divisor);
   STD_TORCH_CHECK(std::max(call.student.width, call.teacher.width) <= 128, "relation_kl_cuda: relation heads are ",
                   call.student.width, " (student) and ", call.teacher.width, " (teacher) wide; up to 128 are allowed");
 

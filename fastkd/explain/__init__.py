@@ -19,7 +19,7 @@ from fastkd.explain.align import (
     word_scores,
 )
 from fastkd.explain.central_difference import DistanceTo, central_difference
-from fastkd.explain.classifier import Classifier, maskable_tokens, rows_of, valid_tokens
+from fastkd.explain.classifier import Classifier, Watched, maskable_tokens, rows_of, valid_tokens
 from fastkd.explain.consistency import Consistency, consistency
 from fastkd.explain.fingerprint import Fingerprint
 from fastkd.explain.gradient import (
@@ -48,6 +48,7 @@ __all__ = [
     "Selector",
     "SelectorSettings",
     "TeacherResults",
+    "Watched",
     "WordAlignment",
     "central_difference",
     "check_tokenizers",

@@ -13,7 +13,8 @@ embeddings learn from both terms. For integrated gradients the same holds at eac
 e(θ) is kept too; for several classes, for each class with its own u.
 
 ū is scaled for each sequence and class to the size of its embeddings, h ū = s · rms(e) · u / rms(u), with s the
-relative step: 1e-2, where the error of the difference (s²) and that of rounding (2⁻²⁴ / s) are both small.
+relative step: 3e-3 in fp32, a compromise between the error of the difference, of order s², which grows as the student
+learns, and that of rounding, of order 2⁻²⁴ / s, which is largest before (docs/methods/egkd.md).
 """
 
 from collections.abc import Callable
@@ -25,16 +26,17 @@ from torch import Tensor
 from fastkd.explain.classifier import Classifier, Draws, Inputs, Watched, valid_tokens
 from fastkd.explain.gradient import (
     GradientSettings,
-    gradients_of,
+    check_watched,
+    gradient_of_watched,
     mean_gradient,
     path,
     scores_of,
     with_gradient,
 )
-from fastkd.explain.target import Target, class_scores, single, target_classes
+from fastkd.explain.target import Target, class_scores, single
 from fastkd.ops import attribution_distance
 
-STEP = 1e-2
+STEP = 3e-3
 _STEP_IN_HALF = 2**-6  # in bf16 or fp16 a smaller difference of J drowns in rounding
 
 
@@ -70,9 +72,7 @@ def central_difference(
         distance: that to a teacher's scores; or any function of the scores, (B, L), or (B, C, L) where every class is
             explained, that gives a scalar.
         step: s, relative to the size of a sequence's embeddings; in bf16 and fp16 2⁻⁶ at least.
-        watched: what `Classifier.watch` saw of a forward of the same inputs, and that forward's logits (B, C), with
-            their graphs. Its gradient then needs no forward of its own: only a backward to the embeddings. For methods
-            of one step.
+        watched: as `gradient_attribution` takes it, from any forward.
 
     All passes have the dropout of the first (or watched) forward above the embeddings, so that their difference is one
     of J alone, and run without autocast. Scores that are not finite give a loss that is not: skip the step then.
@@ -82,16 +82,13 @@ def central_difference(
     """
     if not step > 0:
         raise ValueError(f"step={step}; it must be positive")
-    if watched is not None and settings.steps != 1:
-        raise ValueError(f"steps={settings.steps} need passes of their own: a watched forward is one step")
     with torch.enable_grad():
         if watched is None:
             embeddings = with_gradient(classifier.embed(inputs))
             draws = Draws(embeddings.device)
         else:
-            embeddings, draws = watched[0].embeddings, watched[0].draws
-            if embeddings is None:
-                raise ValueError("watched: no forward of the model ran inside classifier.watch()")
+            seen = check_watched(watched, settings)
+            embeddings, draws = seen.embeddings, seen.draws
         baseline = classifier.baseline(inputs, settings.baseline, embeddings)
         with torch.autocast(embeddings.device.type, enabled=False):
             if watched is None:
@@ -99,9 +96,7 @@ def central_difference(
                     classifier, inputs, settings, embeddings, baseline, target, batch_size=batch_size, draws=draws
                 )
             else:
-                classes = target_classes(watched[1], target)
-                scores = class_scores(watched[1], classes, settings.score)
-                gradient = gradients_of(scores, embeddings, keep_graph=True)
+                gradient, classes = gradient_of_watched(watched, settings, target)
             gradient = gradient.detach().requires_grad_()
             loss = _distance(distance, settings, gradient, embeddings, baseline, valid_tokens(inputs), single(target))
             [pull] = torch.autograd.grad(loss, gradient, retain_graph=True)

@@ -51,8 +51,8 @@ class Classifier:
                                                              # e: what the first layer works on (fastkd.models)
 
     Where the inputs of a call hold `inputs_embeds` in the place of `input_ids`, e is that; `model` may then be any
-    function, also a compiled one. Otherwise e is tapped: the output of the module `embeddings`, which is exchanged by
-    a forward hook, so that positions, types and masks come from the ids as they always do.
+    function, also a compiled one. Otherwise e is tapped: the output of the module `embeddings`, in whose place other
+    vectors are given, so that positions, types and masks come from the ids as they always do.
 
     Args:
         model: gives logits (B, C), or an output with such `logits`. It runs in the mode and under the autocast that
@@ -119,18 +119,16 @@ class Classifier:
             return self._logits({**inputs, "inputs_embeds": embeddings})
         runs = 0
 
-        def exchange(module, args, output):
+        def exchanged(*args, **kwargs):
             nonlocal runs
             runs += 1
             if draws is not None:
                 draws.replay()
             return embeddings
 
-        handle = self._module().register_forward_hook(exchange)
-        try:
+        # A hook would let the module run for nothing.
+        with _forward_of(self._module(), exchanged):
             logits = self._logits(inputs)
-        finally:
-            handle.remove()
         if runs != 1:
             raise RuntimeError(self._ran(runs))
         return logits
@@ -226,6 +224,20 @@ def maskable_tokens(inputs: Inputs, special_ids: Iterable[int]) -> Tensor:
 def rows_of(inputs: Inputs, rows: Tensor) -> dict[str, Tensor]:
     """The inputs of these examples, (R,) indices, each as often as it is named."""
     return {name: value[rows] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Within, the module runs this."""
+    own = vars(module).get("forward")  # of the instance, as accelerate leaves one
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _input_embeddings(model) -> nn.Module | None:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastkd.explain.classifier import BASELINES, Classifier, Draws, Inputs, rows_of, valid_tokens
+from fastkd.explain.classifier import BASELINES, Classifier, Draws, Inputs, Watched, rows_of, valid_tokens
 from fastkd.explain.scores import check_norm, length, normalise, on_tokens
 from fastkd.explain.second_order import twice_differentiable
 from fastkd.explain.target import Target, check_score, class_scores, single, target_classes
@@ -125,6 +125,7 @@ def gradient_attribution(
     target: Target = "predicted",
     create_graph: bool = False,
     batch_size: int = 256,
+    watched: tuple[Watched, Tensor] | None = None,
 ) -> Tensor:
     """Scores (B, L) of the tokens, 0 in padding; (B, C, L) where every class is explained.
 
@@ -135,16 +136,27 @@ def gradient_attribution(
         create_graph: the scores can be differentiated with respect to the parameters, by a second backward through
             the first. Attention then runs on the mathematical path (`twice_differentiable`).
         batch_size: sequences of one forward at most, where there are several steps.
+        watched: what `Classifier.watch` saw of a forward of the same inputs, and that forward's logits (B, C), with
+            their graphs, which stay. The scores then need no forward of their own, only a backward to the embeddings.
+            With `create_graph` that forward must have run within `twice_differentiable`. For methods of one step.
 
-    Raises ValueError for a model that offers no embeddings and a target out of range.
+    Raises ValueError for a model that offers no embeddings, a target out of range, and watched forwards where there
+    are several steps.
     """
     with torch.enable_grad(), twice_differentiable() if create_graph else nullcontext():
-        embeddings = classifier.embed(inputs)
-        embeddings = with_gradient(embeddings if create_graph else embeddings.detach())
+        if watched is None:
+            embeddings = classifier.embed(inputs)
+            embeddings = with_gradient(embeddings if create_graph else embeddings.detach())
+        else:
+            embeddings = check_watched(watched, settings).embeddings
         baseline = classifier.baseline(inputs, settings.baseline, embeddings)
-        gradient, _ = mean_gradient(
-            classifier, inputs, settings, embeddings, baseline, target, create_graph=create_graph, batch_size=batch_size
-        )
+        if watched is None:
+            gradient, _ = mean_gradient(
+                classifier, inputs, settings, embeddings, baseline, target, create_graph=create_graph,
+                batch_size=batch_size,
+            )  # fmt: skip
+        else:
+            gradient, _ = gradient_of_watched(watched, settings, target, create_graph=create_graph)
         scores = scores_of(settings, gradient, embeddings, baseline, valid_tokens(inputs))
     scores = scores if create_graph else scores.detach()
     return scores[:, 0] if single(target) else scores
@@ -174,6 +186,26 @@ def mean_gradient(
         gradients = gradients_of(scores, points, create_graph)
         total = total + gradients.unflatten(0, (steps, len(embeddings))).sum(0)
     return total / settings.steps, classes
+
+
+def check_watched(watched: tuple[Watched, Tensor], settings: GradientSettings) -> Watched:
+    """What was seen of a forward that can serve the explanation; a ValueError where it cannot."""
+    if settings.steps != 1:
+        raise ValueError(f"steps={settings.steps} need passes of their own: a watched forward is one step")
+    seen, _ = watched
+    if seen.embeddings is None:
+        raise ValueError("watched: no forward of the model ran inside classifier.watch()")
+    return seen
+
+
+def gradient_of_watched(
+    watched: tuple[Watched, Tensor], settings: GradientSettings, target: Target, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`mean_gradient` of one step, whose forward has run; its graph stays."""
+    seen, logits = watched
+    classes = target_classes(logits, target)
+    scores = class_scores(logits, classes, settings.score)
+    return gradients_of(scores, seen.embeddings, create_graph, keep_graph=True), classes
 
 
 def gradients_of(scores: Tensor, points: Tensor, create_graph: bool = False, keep_graph: bool = False) -> Tensor:

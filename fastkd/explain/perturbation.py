@@ -16,15 +16,22 @@ from fastkd.explain.target import Target, check_score, class_scores, single, tar
 
 
 def masked_logits(
-    classifier: Classifier, inputs: Inputs, kept: Tensor, *, baseline: str = "zero", batch_size: int = 256
+    classifier: Classifier,
+    inputs: Inputs,
+    kept: Tensor,
+    *,
+    baseline: str = "zero",
+    batch_size: int = 256,
+    embeddings: Tensor | None = None,
 ) -> Tensor:
     """z (B, S, C), the logits under S masks for each sequence, differentiable where gradients are on.
 
     kept: (B, S, L) bool or a float in [0, 1], 1 where a token stays.
     batch_size: masked sequences of one forward at most.
+    embeddings: (B, L, D), those of `inputs` where they are known, such as from `Classifier.watch`.
     """
     batch, masks, _ = kept.shape
-    embeddings = classifier.embed(inputs)
+    embeddings = classifier.embed(inputs) if embeddings is None else embeddings
     rows = torch.arange(batch, device=embeddings.device).repeat_interleave(masks)
     kept = kept.flatten(0, 1)
     logits = list(_logits_of_rows(classifier, inputs, embeddings, rows, kept, baseline, batch_size))
@@ -129,4 +136,6 @@ def _logits_of_rows(
     padding = ~valid_tokens(inputs)
     for here, z in zip(rows.split(size), kept.split(size), strict=True):
         z = z.masked_fill(padding[here], 1)
-        yield classifier.logits(rows_of(inputs, here), replaced(embeddings[here], nothing[here], z))
+        # The backward of an index, unlike that of index_select, adds number by number.
+        points, without = embeddings.index_select(0, here), nothing.index_select(0, here)
+        yield classifier.logits(rows_of(inputs, here), replaced(points, without, z))

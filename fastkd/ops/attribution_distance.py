@@ -30,7 +30,7 @@ where upstream is one; in fp16, where they would underflow, backward multiplies 
 import torch
 from torch import Tensor
 
-from fastkd.ops import backends, plain_tensors
+from fastkd.ops import backends, plain_tensors, upstream
 from fastkd.ops.attribution_scores import DISTANCES, NORMS, REDUCTIONS, distance, length, normalise
 
 _library = torch.library.Library("fastkd", "FRAGMENT")
@@ -197,39 +197,24 @@ class _AttributionDistance(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        gradient, _, _, mask, weighted, *_ = inputs
+        gradient, _, _, mask, weighted, *_, ctx.backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:], None if weighted else _weights(gradient, mask))
 
     @staticmethod
-    def backward(ctx, upstream, *_):
-        # Under create_graph=True the saved gradients would silently count as constants.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "attribution_distance has no second derivative; "
-                "fastkd.ops.attribution_distance.eager_attribution_distance (plain torch) has one"
-            )
-        if upstream is None:
+    def backward(ctx, factor, *_):
+        upstream.refuse_second_derivative("attribution_distance")
+        if factor is None:
             return (None,) * 11
         *gradients, weights = ctx.saved_tensors
+
+        def times(grad: Tensor) -> Tensor:
+            by = factor if weights is None else (factor * weights).reshape(-1, *(1,) * (grad.dim() - 1))
+            return upstream.times(grad, by, ctx.backend)
+
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
-        return *[_times(grad, upstream, weights) if needed else None for grad, needed in wanted], *(None,) * 9
-
-
-def _times(grad: Tensor, upstream: Tensor, weights: Tensor | None) -> Tensor:
-    """grad · upstream, and where there are weights (B,) · weights, rounded once to the gradient's dtype."""
-    kept = (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched=True: many upstream gradients
-        or torch._C._autograd._get_current_graph_task_keep_graph()
-    )
-    if weights is not None:
-        upstream = (upstream * weights).reshape(-1, *(1,) * (grad.dim() - 1))
-    elif grad.is_cpu and not kept and upstream.item() == 1:
-        return grad
-    # Where the graph ends here, nobody else sees the tensor.
-    return torch.mul(grad, upstream).to(grad.dtype) if kept else grad.mul_(upstream)
+        return *[times(grad) if needed else None for grad, needed in wanted], *(None,) * 9
 
 
 def attribution_distance(

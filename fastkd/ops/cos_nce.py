@@ -31,7 +31,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastkd.ops import backends, pairs, vector_layout
+from fastkd.ops import backends, pairs, upstream, vector_layout
 
 EPSILON = 1e-8  # a vector of this norm or less counts as zero
 
@@ -48,14 +48,12 @@ _library = torch.library.Library("fastkd", "FRAGMENT")
 #   excluded (N,) int32    the class that is not a negative of this sample, or −1
 #   own                    whether a sample without such a class takes its own teacher vector off the sum
 #   weights (N,)           in the sums' dtype, of any stride; None is one
-# A kernel may scale a gradient in backward: in place, in fp32, without touching memory where the factor is one.
 _SCHEMAS = {
     "cos_nce_sums": "(Tensor vectors, Tensor? mask, Tensor? classes, SymInt num_classes) -> Tensor",
     "cos_nce": (
         "(Tensor student, Tensor teacher, Tensor sums, Tensor counts, Tensor? mask, Tensor? excluded, bool own,"
         " Tensor? weights, SymInt divisor, bool with_grad) -> (Tensor, Tensor)"
     ),
-    "cos_nce_scale": "(Tensor(a!) grad, Tensor factor) -> ()",
 }
 _KERNEL_BACKENDS = ("reference", "cpp", "triton", "cuda")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -161,20 +159,18 @@ def _triton(name: str):
     return launch
 
 
-_FAKES = {"cos_nce_sums": _fake_sums, "cos_nce": _fake, "cos_nce_scale": lambda grad, factor: None}
+_FAKES = {"cos_nce_sums": _fake_sums, "cos_nce": _fake}
 _REFERENCES = {"cos_nce_sums": _reference_sums, "cos_nce": _reference}
 for _name, _schema in _SCHEMAS.items():
-    for _backend in _KERNEL_BACKENDS if _name in _REFERENCES else ("triton", "cuda"):
+    for _backend in _KERNEL_BACKENDS:
         _library.define(f"{_name}_{_backend}{_schema}")
         torch.library.register_fake(f"fastkd::{_name}_{_backend}", _FAKES[_name], lib=_library)
-    if _name in _REFERENCES:
-        _library.impl(f"{_name}_reference", _without_autocast(_REFERENCES[_name]), "CompositeExplicitAutograd")
+    _library.impl(f"{_name}_reference", _without_autocast(_REFERENCES[_name]), "CompositeExplicitAutograd")
     _library.impl(f"{_name}_triton", _triton(_name), "CUDA")
 _SUMS, _LOSS = (
     {backend: getattr(torch.ops.fastkd, f"{name}_{backend}").default for backend in _KERNEL_BACKENDS}
     for name in _REFERENCES
 )
-_SCALE = {backend: getattr(torch.ops.fastkd, f"cos_nce_scale_{backend}").default for backend in ("triton", "cuda")}
 
 
 def _cpp_support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
@@ -225,42 +221,20 @@ class _CosNce(torch.autograd.Function):
         ctx.save_for_backward(output[1], None if ctx.folded else weights)
 
     @staticmethod
-    def backward(ctx, upstream, *_):
-        # Under create_graph=True the saved gradient would silently count as a constant.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "cos_nce has no second derivative; fastkd.ops.cos_nce.eager_cos_nce (plain torch) has one"
-            )
-        if upstream is None:
+    def backward(ctx, factor, *_):
+        upstream.refuse_second_derivative("cos_nce")
+        if factor is None:
             return (None,) * 12
         grad, weights = ctx.saved_tensors
-        factor = upstream if ctx.folded else upstream / ctx.divisor
+        if not ctx.folded:
+            factor = factor / ctx.divisor
         if weights is not None:
             factor = factor * weights
-        return _times(grad, factor, ctx.per_token, ctx.backend), *(None,) * 11
-
-
-def _times(grad: Tensor, factor: Tensor, per_token: bool, backend: str) -> Tensor:
-    """grad (M, N, L, D) · factor, in fp32 (fp64) and rounded once to the gradient's dtype.
-
-    factor: one number, or (N,), or (M, N).
-    """
-    kept = (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.is_legacy_batchedtensor(factor)  # is_grads_batched=True: many upstream gradients
-        or torch._C._autograd._get_current_graph_task_keep_graph()
-    )
-    if factor.dim() == 0 and not kept:  # the graph ends here, and nobody else sees the tensor
-        if grad.is_cpu:
-            number = factor.item()
-            return grad if number == 1 else grad.mul_(number)
-        if backend in _SCALE:
-            _SCALE[backend](grad, factor)
-            return grad
-    # Without positions, the samples of explicit negatives lie in their dimension.
-    samples = grad.shape[1:2] if per_token else (grad.shape[1] * grad.shape[2],)
-    factor = factor.expand(grad.shape[0], *samples).reshape(*grad.shape[:2], 1 if per_token else grad.shape[2], 1)
-    return torch.mul(grad, factor).to(grad.dtype) if kept else grad.mul_(factor)
+        if factor.dim():  # (N,) or (M, N); without positions, the samples of explicit negatives lie in their dimension
+            samples = grad.shape[1:2] if ctx.per_token else (grad.shape[1] * grad.shape[2],)
+            factor = factor.expand(grad.shape[0], *samples)
+            factor = factor.reshape(*grad.shape[:2], 1 if ctx.per_token else grad.shape[2], 1)
+        return upstream.times(grad, factor, ctx.backend), *(None,) * 11
 
 
 def _reduce(losses: Tensor, weights: Tensor | None, divisor: int, per_token: bool, reduced: bool) -> Tensor:

@@ -15,8 +15,8 @@ Gradient, with P and S the teacher's and student's rows and G = S − P (every r
     self:   dX     = (G + Gᵀ) X / √d          X stands on both sides of the product: the second half is easily forgotten
     cross:  dLeft  = G Right / √d ,  dRight = Gᵀ Left / √d
 
-Forward returns the loss and, where the student needs it, this gradient without the factor 1 / (num_heads · n · B):
-backward multiplies it by upstream · factor in fp32 and casts last, so that the small factor never underflows in fp16.
+Forward returns the loss and, where the student needs it, this gradient with the factor 1 / (num_heads · n · B), so that
+backward has nothing to do where upstream is one; in fp16, where it would underflow, backward multiplies by it.
 """
 
 import math
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.ops import backends, plain_tensors, sequences
+from fastkd.ops import backends, plain_tensors, sequences, upstream
 
 _library = torch.library.Library("fastkd", "FRAGMENT")
 
@@ -38,12 +38,15 @@ _library = torch.library.Library("fastkd", "FRAGMENT")
 #   order (B, L) int32  for a padded batch with a mask: the valid positions of each sequence first, ascending, then
 #                       the others; None where the first `lengths` positions are the valid ones
 #   max_length          at least the largest of `lengths`; SymInt, so that torch.compile need not fix it
+#   divisor             of the gradients: what the reduction divides the losses by; SymInt, like max_length
 # Returns the loss of each sequence (B,) fp32 (fp64 for fp64), and the gradients in the student's dtype and shape,
-# contiguous, without the factor 1 / (num_heads · n), zero in every row that belongs to no sequence. Gradients that
-# are not wanted (`with_grad` false, or no right operand) are empty tensors.
+# contiguous, zero in every row that belongs to no sequence, and with the factor 1 / (num_heads · n · divisor) before
+# they are rounded; in fp16 without it. Gradients that are not wanted (`with_grad` false, or no right operand) are
+# empty tensors.
 _SCHEMA = (
     "(Tensor student, Tensor? student_right, Tensor teacher, Tensor? teacher_right, Tensor starts, Tensor lengths,"
-    " Tensor? order, SymInt max_length, int num_heads, bool causal, bool with_grad) -> (Tensor, Tensor, Tensor)"
+    " Tensor? order, SymInt max_length, int num_heads, bool causal, SymInt divisor,"
+    " bool with_grad) -> (Tensor, Tensor, Tensor)"
 )
 _KERNEL_BACKENDS = ("reference", "cpp", "triton", "cuda")
 
@@ -61,6 +64,7 @@ class Call(NamedTuple):
     max_length: int
     num_heads: int
     causal: bool
+    divisor: int
     with_grad: bool
 
 
@@ -109,8 +113,9 @@ def eager_relation_kl(
 
 
 def _reference(
-    student, student_right, teacher, teacher_right, starts, lengths, order, max_length, num_heads, causal, with_grad
-):
+    student, student_right, teacher, teacher_right, starts, lengths, order, max_length, num_heads, causal, divisor,
+    with_grad,
+):  # fmt: skip
     """The same in fp32 (or fp64) behind the common schema. The gradient is written out: there is no autograd."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     rows = torch.arange(max_length, device=student.device) if order is None else order[:, :max_length].long()
@@ -132,10 +137,13 @@ def _reference(
     with torch.autocast(student.device.type, enabled=False):  # results must not depend on the caller's autocast
         x, y = operands(student, student_right), operands(teacher, teacher_right)
         log_student, log_teacher = _log_relations(x[0], x[-1], pairs), _log_relations(y[0], y[-1], pairs)
-        losses = _divergence(log_student, log_teacher, pairs) / (num_heads * lengths.clamp(min=1))
+        terms = num_heads * lengths.clamp(min=1)
+        losses = _divergence(log_student, log_teacher, pairs) / terms
         grads = [student.new_empty(0), student.new_empty(0)]
         if with_grad:
             g = (log_student.exp() - log_teacher.exp()).masked_fill(~pairs, 0) / math.sqrt(x[0].shape[-1])
+            if student.dtype != torch.float16:
+                g = g / (terms * divisor)[:, None, None, None]
             left, right = g @ x[-1], g.transpose(2, 3) @ x[0]
             grads = (
                 [scattered(left + right), grads[1]] if student_right is None else [scattered(left), scattered(right)]
@@ -144,8 +152,9 @@ def _reference(
 
 
 def _fake(
-    student, student_right, teacher, teacher_right, starts, lengths, order, max_length, num_heads, causal, with_grad
-):
+    student, student_right, teacher, teacher_right, starts, lengths, order, max_length, num_heads, causal, divisor,
+    with_grad,
+):  # fmt: skip
     losses = student.new_empty(starts.shape, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
     grads = [
         student.new_empty(x.shape) if with_grad and x is not None else student.new_empty(0)
@@ -203,56 +212,47 @@ backends.register(
 
 class _RelationKL(torch.autograd.Function):
     @staticmethod
-    def forward(*call_and_backend):  # apply() binds names by inspection, on every call
-        *call, backend = call_and_backend
-        return _OPS[backend](*call)
+    def forward(*inputs):  # apply() binds names by inspection, on every call
+        *call, reduced, backend = inputs
+        losses, *grads = _OPS[backend](*call)
+        return _reduce(losses, Call(*call).divisor, reduced), *grads
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        call = Call(*inputs[:-1])
-        _, grad, grad_right = output
-        ctx.mark_non_differentiable(grad, grad_right)
+        *call, _, ctx.backend = inputs
+        call = Call(*call)
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad, grad_right, call.starts, call.lengths)
-        ctx.num_heads = call.num_heads
+        ctx.folded = call.student.dtype != torch.float16
+        ctx.terms = call.num_heads * call.divisor
+        ctx.save_for_backward(*output[1:], call.starts, None if ctx.folded else call.lengths)
 
     @staticmethod
-    def backward(ctx, upstream, *_):
-        # Under create_graph=True the saved gradient would silently count as a constant.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "relation_kl has no second derivative; fastkd.ops.relation_kl.eager_relation_kl (plain torch) has one"
-            )
-        if upstream is None:
-            return (None,) * 12
-        grad, grad_right, starts, lengths = ctx.saved_tensors
-        weight = upstream / (ctx.num_heads * lengths.clamp(min=1))
-        if grad.dim() == 2:  # packed: each row takes the weight of the last sequence that has begun, or zero
-            rows = torch.arange(grad.shape[0], device=grad.device)
-            weight = F.pad(weight, (1, 0))[torch.searchsorted(starts, rows, right=True)][:, None]
-        else:
-            weight = weight[:, None, None]
-        # The schema's stand-in for a gradient that is not wanted has one dimension; that of an empty batch has more.
-        scaled = [_times(g, weight) if g.dim() > 1 else None for g in (grad, grad_right)]
-        return scaled[0], scaled[1], *(None,) * 10
+    def backward(ctx, factor, *_):
+        upstream.refuse_second_derivative("relation_kl")
+        if factor is None:
+            return (None,) * 14
+        *grads, starts, lengths = ctx.saved_tensors
+        if not ctx.folded:
+            factor = factor / (ctx.terms * lengths.clamp(min=1))
+        if factor.dim():
+            factor = _by_row(factor, grads[0], starts)
+        wanted = zip(grads, ctx.needs_input_grad, strict=False)
+        scaled = [upstream.times(grad, factor, ctx.backend) if needed else None for grad, needed in wanted]
+        return *scaled, *(None,) * 12
 
 
-def _times(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad · weight, rounded once to the gradient's dtype. `weight` is fp32 (fp64 for fp64)."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.is_legacy_batchedtensor(weight)  # is_grads_batched=True: many upstream gradients
-        or torch._C._autograd._get_current_graph_task_keep_graph()
-    ):
-        return torch.mul(grad, weight).to(grad.dtype)
-    # The graph ends here, nobody else sees the tensor, and a new one costs twice the time.
-    if grad.is_cpu and grad.dim() == 3 and grad.itemsize < weight.itemsize:
-        # A broadcast product of two dtypes converts through temporaries on the CPU: half as slow again, and twenty
-        # times where they are fresh pages. One with a number is computed in fp32 and rounded once.
-        for sequence, factor in zip(grad, weight.flatten().tolist(), strict=True):
-            sequence.mul_(factor)
-        return grad
-    return grad.mul_(weight)
+def _by_row(factor: Tensor, grad: Tensor, starts: Tensor) -> Tensor:
+    """Factors of the sequences (B,) as they expand to a gradient (B, L, D), or, packed, (T, D)."""
+    if grad.dim() == 3:
+        return factor[:, None, None]
+    # Each row takes the factor of the last sequence that has begun, or zero.
+    rows = torch.arange(grad.shape[0], device=grad.device)
+    return F.pad(factor, (1, 0))[torch.searchsorted(starts, rows, right=True)][:, None]
+
+
+def _reduce(losses: Tensor, divisor: int, reduced: bool) -> Tensor:
+    return losses.sum() / divisor if reduced else losses
 
 
 def relation_kl(
@@ -302,20 +302,21 @@ def relation_kl(
     chosen = backends.resolve("relation_kl", backend, x.device, dtype, width, length)
     starts, lengths, order, longest = sequences.layout(x, mask, cu_seqlens, max_seqlen)
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, rights.get("student")) if t is not None)
-    rest = (starts, lengths, order, longest, num_heads, causal, with_grad)
+    divisor = max(starts.shape[0], 1) if reduction == "mean" else 1
+    rest = (starts, lengths, order, longest, num_heads, causal, divisor, with_grad)
     call = Call(x, rights.get("student"), lefts["teacher"], rights.get("teacher"), *rest)
-    losses, _, _ = _RelationKL.apply(*call, chosen) if with_grad else _OPS[chosen](*call)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_finite(losses, lefts, rights)
-    if reduction == "none":
-        return losses
-    return losses.sum() / max(losses.shape[0], 1) if reduction == "mean" else losses.sum()
+    reduced = reduction != "none"
+    if with_grad:
+        loss, _, _ = _RelationKL.apply(*call, reduced, chosen)
+    else:
+        loss = _reduce(_OPS[chosen](*call)[0], divisor, reduced)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not loss.isfinite().all():
+        _raise_not_finite(_OPS[chosen](*call._replace(with_grad=False))[0], lefts, rights)
+    return loss
 
 
-def _check_finite(losses: Tensor, lefts: dict[str, Tensor], rights: dict[str, Tensor]) -> None:
-    """Name the tensor behind a loss that is not finite. Reads the inputs only once something is already wrong."""
-    if torch.isfinite(losses).all():
-        return
+def _raise_not_finite(losses: Tensor, lefts: dict[str, Tensor], rights: dict[str, Tensor]) -> None:
+    """Name the sequences and the tensor behind a loss that is not finite, whose `losses` are computed once more."""
     sequences = torch.isfinite(losses).logical_not().nonzero().flatten().tolist()
     for name in ("teacher", "student"):
         for x in (lefts[name], rights.get(name)):

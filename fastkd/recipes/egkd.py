@@ -53,10 +53,13 @@ class EgkdRecipe(TaskRecipe):
             check_place("results", file)
             if self.results or not self.overwrite:
                 teacher = run.folder / "teacher"
-                finished = is_done(teacher) and not self.overwrite
-                check_stored(file, teacher if finished else None, run.tokenizer, train, config)
+                # One that is still to be fine-tuned is compared when it is there.
+                known = teacher if is_done(teacher) and not self.overwrite else self.finetuned_teacher
+                check_stored(file, known, run.tokenizer, train, config)
 
         def results(folder):
+            if run.leads:
+                print(f"{folder.name}: what the teacher gives for {len(train)} examples, computed once for {file}")
             with config.main_process_first(desc="teacher's results"):
                 found = teacher_results(run.folder / "teacher", run.tokenizer, train, config, file)
             if run.leads:

@@ -1,8 +1,9 @@
 """EGKD's branches: what each asks of the teacher, and what it makes the student learn.
 
 A branch is asked in two ways. `of_teacher` gives what is stored, for a batch of the data; `running_teacher` what one
-step needs, from a teacher that runs beside the student. `loss` is the branch's term of a step, and whether it was
-finite: where it was not, it is 0 and gives no gradient, without a look at the device.
+step needs, from a teacher that runs beside the student; `watched` is its forward that gave the soft labels. `loss` is
+the branch's term of a step, and whether it was finite: where it was not, it is 0 and gives no gradient, without a look
+at the device.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from fastkd.explain import (
     MaskPool,
     Selector,
     SelectorSettings,
+    Watched,
     central_difference,
     distance,
     gradient_attribution,
@@ -38,7 +40,9 @@ class Explained:
             perturbation branch.
         step: the optimizer step, from 0. stored: whether the teacher's part was read, and not just computed.
         student: the student, under autocast where there is autocast. precise: the same without.
-        watched: embeddings and logits of the forward that gave the labels' loss, where they can serve again.
+        half: whether autocast is to fp16. The gradient of a score, unlike that of the loss, has no scaler there, and
+            would underflow.
+        watched: what was seen of the forward that gave the labels' loss, and its logits.
     """
 
     inputs: dict[str, Tensor]
@@ -49,7 +53,8 @@ class Explained:
     stored: bool
     student: Classifier
     precise: Classifier
-    watched: tuple | None = None
+    half: bool
+    watched: tuple[Watched, Tensor] | None = None
 
 
 @dataclass
@@ -77,12 +82,16 @@ class GradientBranch:
         labels = inputs["labels"]
         return "predicted" if labels.is_floating_point() else labels  # a regression has one class
 
-    def of_teacher(self, teacher: Classifier, inputs: dict) -> Tensor:
+    def of_teacher(self, teacher: Classifier, inputs: dict, watched: tuple[Watched, Tensor] | None = None) -> Tensor:
         with torch.autocast(inputs["input_ids"].device.type, enabled=False):
-            return gradient_attribution(teacher, inputs, self.settings, target=self.classes(inputs))
+            return gradient_attribution(teacher, inputs, self.settings, target=self.classes(inputs), watched=watched)
 
-    def running_teacher(self, teacher: Classifier, batch: Explained) -> Tensor:
-        return self.of_teacher(teacher, batch.inputs)
+    def running_teacher(self, teacher: Classifier, batch: Explained, watched: tuple[Watched, Tensor]) -> Tensor:
+        return self.of_teacher(teacher, batch.inputs, watched if self.differentiates_teacher(batch) else None)
+
+    def differentiates_teacher(self, batch: Explained) -> bool:
+        """Whether the teacher's forward that gives the soft labels serves the explanation too."""
+        return self.settings.steps == 1 and not batch.half
 
     def rows(self, batch: Explained) -> list[int] | None:
         """The sequences that are explained: every (1 / share)-th, from another one at every step; None are all."""
@@ -92,14 +101,27 @@ class GradientBranch:
         places = range(batch.step, batch.step + count)
         return [row for row, i in enumerate(places) if int((i + 1) * self.share) > int(i * self.share)]
 
+    def explained(self, batch: Explained) -> Classifier:
+        """The student as it is explained: a difference of two passes in bf16 would be rounding, their derivative has
+        two digits."""
+        return batch.student if self.second_order == "exact" and not batch.half else batch.precise
+
+    def takes_watched(self, batch: Explained) -> bool:
+        """Whether the student's forward that gives the labels' loss serves the explanation too."""
+        return self.settings.steps == 1 and self.share == 1 and self.explained(batch) is batch.student
+
+    def differentiates_twice(self, batch: Explained) -> bool:
+        """Whether that forward has to have a second derivative."""
+        return self.second_order == "exact" and self.takes_watched(batch)
+
     def loss(self, batch: Explained) -> tuple[Tensor, Tensor]:
         inputs, wanted, logits = batch.inputs, batch.teacher[self.name], batch.teacher["logits"]
-        watched = batch.watched if self.settings.steps == 1 else None
+        student, watched = self.explained(batch), batch.watched if self.takes_watched(batch) else None
         scale = 1.0
         if (rows := self.rows(batch)) is not None:
             count = len(logits)
             # Over processes and accumulated batches the sum is what a mean over the explained sequences would be.
-            scale, watched = len(rows) / (self.share * count), None
+            scale = len(rows) / (self.share * count)
             here = torch.tensor(rows, dtype=torch.int64).to(logits.device, non_blocking=True)
             inputs, wanted, logits = rows_of(inputs, here), wanted[here], logits[here]
             if not rows:
@@ -108,12 +130,14 @@ class GradientBranch:
         if isinstance(classes, str) and classes == "predicted":
             classes = logits.argmax(1)
         if self.second_order == "exact":
-            scores = gradient_attribution(batch.precise, inputs, self.settings, target=classes, create_graph=True)
+            scores = gradient_attribution(
+                student, inputs, self.settings, target=classes, create_graph=True, watched=watched
+            )
             scores, wanted, usable = _usable(scores, wanted)
             term = distance(scores, wanted, inputs["attention_mask"], self.distance)
         else:
             apart = DistanceTo(wanted, self.distance)
-            term = central_difference(batch.precise, inputs, self.settings, apart, target=classes, watched=watched)
+            term = central_difference(student, inputs, self.settings, apart, target=classes, watched=watched)
             usable = term.isfinite()
         return scale * term.masked_fill(~usable, 0), usable
 
@@ -123,12 +147,13 @@ class GradientBranch:
         what += {"predicted": "teacher's class", "label": "label", "all": "every class"}[self.target]
         part = "" if self.share == 1 else f" of {self.share:.0%} of the sequences"
         each = " for each class" if self.target == "all" else ""
+        own = "" if (steps, self.share) == (1, 1) else "a forward, "
         further = {
-            "exact": f"a forward, a backward to the embeddings{each} and the backward through both{part}, on unfused "
-            "attention",
-            "central_difference": f"a backward to the embeddings and 2 forwards and backwards{each}{part}",
+            "exact": f"{own}a backward to the embeddings and a double one{each}{part}, on unfused attention",
+            "central_difference": f"{own}a backward to the embeddings and 2 forwards and backwards{each}{part}",
         }
-        return f"{what}; further passes: {further[self.second_order]}"
+        form = self.second_order.replace("_", " ")
+        return f"{what}; second order: {form}; further passes: {further[self.second_order]}"
 
 
 @dataclass
@@ -152,8 +177,9 @@ class PerturbationBranch:
         kept = self.pool.spread(teacher.maskable(inputs))
         return masked_logits(teacher, inputs, kept, baseline=self.baseline)
 
-    def running_teacher(self, teacher: Classifier, batch: Explained) -> Tensor:
-        return masked_logits(teacher, batch.inputs, self.kept(batch), baseline=self.baseline)
+    def running_teacher(self, teacher: Classifier, batch: Explained, watched: tuple[Watched, Tensor]) -> Tensor:
+        embeddings = watched[0].embeddings
+        return masked_logits(teacher, batch.inputs, self.kept(batch), baseline=self.baseline, embeddings=embeddings)
 
     def which(self, batch: Explained) -> Tensor:
         """(B, M) int64, the masks of this step: a function of (seed, step, example) alone. All masks are equally
@@ -168,7 +194,7 @@ class PerturbationBranch:
         return batch.masks.gather(1, self.which(batch)[..., None].expand(-1, -1, batch.masks.shape[2]))
 
     def loss(self, batch: Explained) -> tuple[Tensor, Tensor]:
-        logits = masked_logits(batch.student, batch.inputs, self.kept(batch), baseline=self.baseline)
+        logits = _masked(batch, self.kept(batch), self.baseline)
         wanted = batch.teacher[self.name]
         if batch.stored:  # of the whole pool
             wanted = wanted.gather(1, self.which(batch)[..., None].expand(-1, -1, wanted.shape[2]))
@@ -197,12 +223,11 @@ class SelectionBranch:
     def of_teacher(self, teacher: Classifier, inputs: dict) -> Tensor:
         return self.selector.select(teacher, inputs, self.settings.ratio)
 
-    def running_teacher(self, teacher: Classifier, batch: Explained) -> Tensor:
+    def running_teacher(self, teacher: Classifier, batch: Explained, watched: tuple[Watched, Tensor]) -> Tensor:
         return self.of_teacher(teacher, batch.inputs)
 
     def loss(self, batch: Explained) -> tuple[Tensor, Tensor]:
-        kept = batch.teacher[self.name][:, None]
-        logits = masked_logits(batch.student, batch.inputs, kept, baseline=self.settings.baseline)[:, 0]
+        logits = _masked(batch, batch.teacher[self.name][:, None], self.settings.baseline)[:, 0]
         logits, wanted, usable = _usable(logits, batch.teacher["logits"])
         return soft_label_loss(logits, wanted, self.temperature), usable
 
@@ -211,6 +236,13 @@ class SelectionBranch:
 
 
 Branch = GradientBranch | PerturbationBranch | SelectionBranch
+
+
+def _masked(batch: Explained, kept: Tensor, baseline: str) -> Tensor:
+    """The student's logits under masks, from the embeddings that the labels' forward had: they, and their gradient, are
+    computed once for both."""
+    seen, _ = batch.watched
+    return masked_logits(batch.student, batch.inputs, kept, baseline=baseline, embeddings=seen.embeddings)
 
 
 def _usable(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,15 +4,16 @@ Yang et al. (ACM TALLIP 23, 2024). What of this is the paper's stands in docs/me
 """
 
 import dataclasses
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from fastkd.explain import TeacherResults, maskable_tokens
+from fastkd.explain import TeacherResults, maskable_tokens, twice_differentiable
 from fastkd.explain.fingerprint import of_tokenizer
 from fastkd.losses import soft_label_loss
-from fastkd.recipes.egkd_branches import Explained, PerturbationBranch
+from fastkd.recipes.egkd_branches import Explained, GradientBranch, PerturbationBranch
 from fastkd.recipes.egkd_settings import EgkdConfig
 from fastkd.recipes.egkd_teacher import classifier_of, running_teacher, special_ids
 from fastkd.recipes.training import DistillationTrainer, NotFiniteError, check_vocabulary
@@ -75,11 +76,16 @@ class EgkdTrainer(DistillationTrainer):
         return isinstance(self._teacher, TeacherResults)
 
     @property
+    def switch(self) -> int:
+        """The first step with branches: there is one, however short the run."""
+        return min(round(self.args.explain_after * self.state.max_steps), self.state.max_steps - 1)
+
+    @property
     def weights(self) -> dict[str, float]:
         """Of the terms that this step has."""
         args, step = self.args, self.state.global_step
         weights = {"task": 1 - args.soft_weight, "soft": args.soft_weight}
-        if step >= round(args.explain_after * self.state.max_steps):
+        if step >= self.switch:
             weights |= args.explaining
             if step % args.explain_every:
                 weights.pop("gradient", None)
@@ -89,6 +95,11 @@ class EgkdTrainer(DistillationTrainer):
     def active(self) -> list:
         """The branches of this step."""
         return [branch for branch in self.branches if branch.name in self.weights]
+
+    @property
+    def _gradient(self) -> GradientBranch | None:
+        """The gradient branch, if this step has it."""
+        return next((branch for branch in self.active if isinstance(branch, GradientBranch)), None)
 
     def train(self, *args, **kwargs):
         if not self._stored:
@@ -100,14 +111,14 @@ class EgkdTrainer(DistillationTrainer):
     def loss_terms(self, model, inputs):
         given = self.targets(inputs)
         batch = self._explained(inputs, given)
-        active = self.active
-        watches = any(branch.name == "gradient" for branch in active) and batch.student is batch.precise
-        if watches:
-            with batch.student.watch() as seen:
-                outputs = model(**batch.inputs)
-            batch.watched = (seen, outputs.logits)
-        else:
+        active, gradient = self.active, self._gradient
+        twice = gradient is not None and gradient.differentiates_twice(batch)
+        with (
+            batch.student.watch() if active else nullcontext() as seen,
+            twice_differentiable() if twice else nullcontext(),
+        ):
             outputs = model(**batch.inputs)
+        batch.watched = (seen, outputs.logits)
         terms = {}
         if "task" in self.weights:
             terms["task"] = outputs.loss
@@ -125,8 +136,12 @@ class EgkdTrainer(DistillationTrainer):
         if self._stored:
             return inputs["teacher"]
         batch = self._explained(inputs, {})
-        given = {"logits": self._running.logits(batch.inputs)}
-        return given | {branch.name: branch.running_teacher(self._running, batch) for branch in self.active}
+        teacher, gradient = self._running, self._gradient
+        with torch.set_grad_enabled(gradient is not None and gradient.differentiates_teacher(batch)):
+            with teacher.watch() as seen:
+                logits = teacher.logits(batch.inputs)
+        given = {branch.name: branch.running_teacher(teacher, batch, (seen, logits)) for branch in self.active}
+        return given | {"logits": logits.detach()}
 
     def _explained(self, inputs: dict, given: dict[str, Tensor]) -> Explained:
         if self._explainable is None:
@@ -145,6 +160,7 @@ class EgkdTrainer(DistillationTrainer):
             self.state.global_step,
             self._stored,
             *self._explainable,
+            half=self.args.fp16,
         )
 
     @torch.no_grad()

@@ -115,6 +115,7 @@ class TaskRecipe:
                 start_folder(folder, self.identity(), self.overwrite, self.steps)
 
         finished = [name for name in steps if is_done(folder / name)]
+        configs["finetune"].distributed_state.wait_for_everyone()  # or a quick step of one is "finished" to another
         for name in finished:
             print(f"{name}: finished before, in {folder / name}")
         for name, step in steps.items():

@@ -117,7 +117,7 @@ def test_soft_labels_alone_can_have_settings_of_their_own(words, tmp_path):
         return table.settings("sst2", f"{shape}/{row}", {})["distil"]["learning_rate"]
 
     assert (rate("3x384", "plain"), rate("4x312", "plain")) == (1e-3, 2e-3)
-    assert rate("3x384", "lrc_bert") == rate("3x384", "no_contrast") == 5e-5
+    assert rate("3x384", "lrc_bert") == rate("3x384", "no_contrast") == sources.recipes["3x384"].distil["learning_rate"]
 
 
 def test_a_key_that_is_unknown_is_refused(words):

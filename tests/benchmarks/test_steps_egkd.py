@@ -76,8 +76,9 @@ def test_a_central_difference_may_not_be_further_off_than_its_documented_error(b
 
 def test_steps_are_timed_in_bf16_autocast_too():
     made = case(*SHAPES["tiny"][0], dtype=torch.bfloat16, device="cpu")
-    rows = measure(_only(made, "plain", "gradient, central difference, stored", "selection"), budget=0.0)
-    assert [(row["status"], row["dtype"]) for row in rows] == [("ok", "bfloat16")] * 3
+    ways = ("plain", "gradient, central difference, stored", "gradient, exact", "selection")
+    rows = measure(_only(made, *ways), budget=0.0)
+    assert [(row["status"], row["dtype"]) for row in rows] == [("ok", "bfloat16")] * 4
 
 
 def test_the_issues_shapes_are_the_default():

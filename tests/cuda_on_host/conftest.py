@@ -52,12 +52,12 @@ def kernels(library):
 def call():
     """call(student, teacher, num_heads, **layout) -> the schema's arguments, as fastkd.relation_kl would pass them."""
 
-    def made(student, teacher, num_heads, *, mask=None, cu_seqlens=None, causal=False, with_grad=True):
+    def made(student, teacher, num_heads, *, mask=None, cu_seqlens=None, causal=False, divisor=1, with_grad=True):
         (left, right), (teacher_left, teacher_right) = (
             x if isinstance(x, tuple) else (x, None) for x in (student, teacher)
         )
         starts, lengths, order, longest = sequences.layout(left, mask, cu_seqlens, None)
-        rest = (starts, lengths, order, longest, num_heads, causal, with_grad)
+        rest = (starts, lengths, order, longest, num_heads, causal, divisor, with_grad)
         return Call(left, right, teacher_left, teacher_right, *rest)
 
     return made

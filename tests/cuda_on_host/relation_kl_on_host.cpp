@@ -25,10 +25,11 @@ HostLauncher settings;
 std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const MaybeTensor& student_right,
                                                const Tensor& teacher, const MaybeTensor& teacher_right,
                                                const Tensor& starts, const Tensor& lengths, const MaybeTensor& order,
-                                               int64_t max_length, int64_t num_heads, bool causal, bool with_grad) {
+                                               int64_t max_length, int64_t num_heads, bool causal, int64_t divisor,
+                                               bool with_grad) {
   HostLauncher launcher = settings;
   return relation_kl_on(launcher, student, student_right, teacher, teacher_right, starts, lengths, order, max_length,
-                        num_heads, causal, with_grad);
+                        num_heads, causal, divisor, with_grad);
 }
 
 } // namespace

@@ -24,7 +24,7 @@ def rows_of(call, sequence):
 
 
 def by_definition(call, dtype):
-    """Losses (B,), and the gradients of their sum by autograd, of the eager form in `dtype`."""
+    """Losses (B,), and the gradients of their sum / divisor by autograd, of the eager form in `dtype`."""
     cross = call.student_right is not None
     leaves = [x.to(dtype).requires_grad_() for x in (call.student, call.student_right)[: 1 + cross]]
     teachers = [x.to(dtype) for x in (call.teacher, call.teacher_right)[: 1 + cross]]
@@ -33,15 +33,15 @@ def by_definition(call, dtype):
         s, t = ([x[rows_of(call, sequence)][None] for x in operands] for operands in (leaves, teachers))
         losses.append(eager_relation_kl((s[0], s[-1]), (t[0], t[-1]), n, call.num_heads, call.causal)[0])
     losses = torch.stack(losses)
-    return losses.detach(), *torch.autograd.grad(losses.sum(), leaves)
+    return losses.detach(), *torch.autograd.grad(losses.sum() / call.divisor, leaves)
 
 
 def scaled(call, grad):
-    """The kernels leave the factor 1 / (num_heads · n) to backward; padding must already be zero."""
+    """In fp16 the kernels leave the factor 1 / (num_heads · n · divisor) to backward; padding must already be zero."""
     out = torch.zeros_like(grad, dtype=fp32)
     for sequence, n in enumerate(call.lengths.tolist()):
         rows = rows_of(call, sequence)
-        out[rows] = grad[rows].float() / (call.num_heads * max(n, 1))
+        out[rows] = grad[rows].float() / (call.num_heads * max(n, 1) * call.divisor if grad.dtype == fp16 else 1)
         grad[rows] = 0
     assert not grad.any(), "the gradient of padding is not zero"
     return out.to(grad.dtype)
@@ -54,7 +54,7 @@ def assert_right(call, losses, *grads):
     # in a self relation takes it up twice, in the row and in the column.
     largest = call.student.nan_to_num(0, 0, 0).abs().max().item()
     times = 1 if call.student_right is not None else 2
-    noise = times * 2e-7 * largest / (call.num_heads * call.student.shape[-1]) ** 0.5
+    noise = times * 2e-7 * largest / (call.num_heads * call.student.shape[-1]) ** 0.5 / call.divisor
     verdict = judge(losses, eager[0], exact[0], noise=FLOORS[fp32])
     assert verdict, f"loss: {verdict}"
     for grad, *others in zip(grads, eager[1:], exact[1:], strict=False):
@@ -169,6 +169,15 @@ def test_views_at_any_alignment_are_read_in_place_and_their_neighbours_not_at_al
         operands.append(wide[..., offset : offset + x.shape[-1]])
     check(*operands, 2)
     check(tuple(operands[:1]) * 2, tuple(operands[1:]) * 2, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", [(16, 16), (40, 24)], ids=["resident", "sweeps"])
+def test_the_divisor_of_the_reduction_is_in_the_gradient(check, widths, dtype):
+    operands = [draw(3, 70, heads(widths), dtype=dtype) for _ in range(2)]
+    mask = torch.arange(70) < torch.tensor([70, 0, 33])[:, None]
+    check(*operands[0], 2, mask=mask, divisor=1000)
+    check(*zip(*operands, strict=True), 2, mask=mask, divisor=1000)
 
 
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)

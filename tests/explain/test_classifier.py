@@ -49,6 +49,7 @@ def test_no_hook_stays_behind(classifier, bert, batch):
     with classifier.watch():
         bert(**batch)
     assert not any(module._forward_hooks for module in bert.modules())
+    assert not any("forward" in vars(module) for module in bert.modules())
 
 
 def test_given_embeddings_are_explained_without_a_module(bert, batch):

@@ -70,6 +70,13 @@ def test_kernel_shap_of_a_longer_sentence_is_near_captums_sampled_values(classif
     assert torch.corrcoef(torch.stack([scores[0], sampled]))[0, 1] > 0.95
 
 
+def test_masked_logits_of_known_embeddings_run_nothing_below_them(classifier, batch):
+    kept = MaskPool(samples=5).spread(classifier.maskable(batch))
+    moved = 1.5 * classifier.embed(batch)
+    expected = torch.stack([classifier.logits(batch, moved * kept[:, s, :, None]) for s in range(5)], 1)
+    torch.testing.assert_close(masked_logits(classifier, batch, kept, embeddings=moved), expected)
+
+
 @pytest.mark.parametrize("baseline", ["zero", "mask"])
 def test_masked_logits_are_those_of_the_masked_input(classifier, bert, batch, baseline):
     kept = MaskPool(samples=5).spread(classifier.maskable(batch))

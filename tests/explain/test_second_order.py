@@ -1,6 +1,5 @@
 """The gradient of a distance between attributions: exact by double backward, and by central differences."""
 
-import importlib
 import logging
 
 import pytest
@@ -152,6 +151,22 @@ def test_a_watched_forward_saves_one(classifier, bert, batch):
     logits.sum().backward()  # the step's own graph is still there
 
 
+def test_double_backward_through_a_watched_forward_is_that_through_one_of_its_own(classifier, bert, batch):
+    settings = SETTINGS["gradient x input"]
+    teachers = _teachers(classifier, batch, settings, TARGETS)
+    with classifier.watch() as seen, second_order.twice_differentiable():
+        logits = bert(**batch).logits
+    forwards = []
+    bert.bert.encoder.register_forward_pre_hook(lambda *_: forwards.append(1))
+    gradients = []
+    for watched in ((seen, logits), None):
+        scores = gradient_attribution(classifier, batch, settings, target=TARGETS, create_graph=True, watched=watched)
+        gradients.append(_gradient(bert, distance(scores, teachers, batch["attention_mask"])))
+    assert len(forwards) == 1
+    torch.testing.assert_close(*gradients)
+    logits.sum().backward()  # the step's own graph is still there
+
+
 def test_all_passes_of_a_difference_have_the_same_dropout(classifier, bert, batch):
     settings = SETTINGS["summed"]
     teachers = _teachers(classifier, batch, settings, TARGETS)
@@ -244,8 +259,11 @@ def test_a_step_that_is_not_positive_is_refused(classifier, batch):
 
 
 def test_a_watched_forward_serves_one_step_only(classifier, batch):
+    settings = SETTINGS["3 steps from zero"]
     with pytest.raises(ValueError, match="steps=3"):
-        central_difference(classifier, batch, SETTINGS["3 steps from zero"], torch.sum, watched=(None, None))
+        central_difference(classifier, batch, settings, torch.sum, watched=(None, None))
+    with pytest.raises(ValueError, match="steps=3"):
+        gradient_attribution(classifier, batch, settings, watched=(None, None))
 
 
 @pytest.mark.parametrize("form", ["exact", "central differences"])
@@ -264,12 +282,8 @@ def test_a_sequence_whose_gradient_is_not_finite_has_nan_scores_and_spoils_no_pa
 
     settings = SETTINGS["gradient x input"]
     wanted = _teachers(classifier, batch, settings, TARGETS)
-    module = importlib.import_module(
-        "fastkd.explain.gradient" if form == "exact" else "fastkd.explain.central_difference"
-    )
     original = gradient.gradients_of
-    for where in (gradient, module):
-        monkeypatch.setattr(where, "gradients_of", gradients_of)
+    monkeypatch.setattr(gradient, "gradients_of", gradients_of)
     if form == "exact":
         scores = gradient_attribution(classifier, batch, settings, target=TARGETS, create_graph=True)
         loss = apart(scores)

@@ -61,7 +61,7 @@ def _launched(
         _, grad = kernels.cos_nce(
             student, teacher, sums, counts, mask, class_of, True, weights, samples, with_grad
         )  # fmt: skip
-        kernels.cos_nce_scale(grad, torch.ones(()))
+        kernels.scale_gradient(grad, torch.ones(()))
     return launches
 
 

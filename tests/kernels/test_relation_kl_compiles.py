@@ -73,7 +73,7 @@ def _launched(
         starts, lengths = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int32)
         kernels.relation_kl(
             student, student_right if cross else None, teacher, teacher_right if cross else None, starts, lengths,
-            None, length, heads, "causal" in form, form != "no gradient",
+            None, length, heads, "causal" in form, batch, form != "no gradient",
         )  # fmt: skip
     return launches
 

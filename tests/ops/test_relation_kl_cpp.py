@@ -193,7 +193,7 @@ def test_a_nan_in_a_valid_token_reaches_the_loss_of_its_sequence_alone(name):
     operands[name][1, 66, 5] = math.nan
     starts, lengths = torch.zeros(2, dtype=torch.int64), torch.full((2,), 70, dtype=torch.int32)
     losses, _, _ = torch.ops.fastkd.relation_kl_cpp(
-        operands["student"], None, operands["teacher"], None, starts, lengths, None, 70, 2, False, True
+        operands["student"], None, operands["teacher"], None, starts, lengths, None, 70, 2, False, 1, True
     )
     assert losses[0].isfinite() and losses[1].isnan()
 
@@ -214,7 +214,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_without_a_gradient_the_loss_is_the_same_and_no_gradient_is_made():
     (student, teacher), _ = tensors((130, 130), 2, (16, 24), "self")
     starts, lengths = torch.zeros(2, dtype=torch.int64), torch.full((2,), 130, dtype=torch.int32)
-    arguments = (student[0], None, teacher[0], None, starts, lengths, None, 130, 2, False)
+    arguments = (student[0], None, teacher[0], None, starts, lengths, None, 130, 2, False, 1)
     with_grad, without = (torch.ops.fastkd.relation_kl_cpp(*arguments, wanted) for wanted in (True, False))
     assert torch.equal(with_grad[0], without[0])
     assert with_grad[1].shape == student[0].shape and without[1].numel() == 0
@@ -231,7 +231,7 @@ def test_an_impossible_length_is_refused():
     x, starts = torch.ones(1, 4, 8), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="5 tokens"):
         torch.ops.fastkd.relation_kl_cpp(
-            x, None, x, None, starts, torch.tensor([5], dtype=torch.int32), None, 5, 2, False, True
+            x, None, x, None, starts, torch.tensor([5], dtype=torch.int32), None, 5, 2, False, 1, True
         )
 
 
@@ -249,7 +249,7 @@ def test_scratch_stays_within_its_bound(dtype, length, widths):
     try:
         held = peak_extra_bytes(
             lambda: torch.ops.fastkd.relation_kl_cpp(
-                student, None, teacher, None, starts, lengths, None, length, 1, False, True
+                student, None, teacher, None, starts, lengths, None, length, 1, False, 1, True
             ),
             "cpu",
         )

@@ -1,4 +1,4 @@
-"""relation_kl behaves as an op of torch should: compile, autocast, no_grad, subclasses, flop counts."""
+"""relation_kl behaves as an op of torch should: compile, autocast, no_grad, upstream gradients, flop counts."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import fastkd.ops.flops  # noqa: F401  registers the formulas
 from fastkd.ops import relation_kl
 from fastkd.ops.relation_kl import eager_relation_kl
 
-WITH_GRAD = 10  # position of `with_grad` in the schema
+WITH_GRAD = 11  # position of `with_grad` in the schema
 
 
 def op_of(backend):
@@ -24,7 +24,7 @@ def arguments_of_op(draw, backend, cross, packed, with_grad):
     starts = torch.tensor([0, 6] if packed else [0, 0], device=backend.device)
     order = None if packed else torch.arange(6, dtype=torch.int32, device=backend.device).repeat(2, 1)
     rights = (right, teacher_right) if cross else (None, None)
-    return student, rights[0], teacher, rights[1], starts, lengths, order, 6, 2, False, with_grad
+    return student, rights[0], teacher, rights[1], starts, lengths, order, 6, 2, False, 2, with_grad
 
 
 @pytest.mark.parametrize("with_grad", [True, False], ids=["gradient", "loss only"])
@@ -35,16 +35,18 @@ def test_opcheck(draw, backend, cross, packed, with_grad):
 
 
 class Calls(TorchDispatchMode):
-    """Records the arguments of every call of a fused op."""
+    """Records every op that is called, and its arguments."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastkd":
-            self.calls.append((func, args))
+        self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
+
+    def of_the_kernel(self):
+        return [arguments for func, arguments in self.calls if func.name().startswith("fastkd::relation_kl")]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -87,7 +89,7 @@ def test_autocast_changes_nothing(draw, backend, dtype):
 def gradient_wanted(compute):
     with Calls() as seen:
         compute()
-    ((_, arguments),) = seen.calls
+    (arguments,) = seen.of_the_kernel()
     return arguments[WITH_GRAD]
 
 
@@ -110,7 +112,69 @@ def test_backward_runs_no_second_kernel(draw, backend):
     loss = relation_kl(student.requires_grad_(), teacher, 2, backend=backend.name)
     with Calls() as seen:
         loss.backward()
-    assert not seen.calls
+    assert seen.calls and not seen.of_the_kernel()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_leaves_the_gradient_as_it_is_where_upstream_is_one(draw, backend, dtype, reduction):
+    if backend.device.type != "cpu":
+        pytest.skip("on CUDA a kernel finds out, so that the host need not wait")
+    student, teacher = draw(2, 6, (8, 12), dtype=dtype)
+    loss = relation_kl(student.requires_grad_(), teacher, 2, reduction=reduction, backend=backend.name)
+    with Calls() as seen:
+        loss.backward()
+    assert not [func for func, arguments in seen.calls if func.name().startswith("aten::mul")]
+
+
+UPSTREAMS = {
+    "one": lambda: torch.ones(()),
+    "a loss weight": lambda: torch.tensor(0.3),
+    "zero": lambda: torch.zeros(()),
+    "one per sequence": lambda: torch.tensor([0.5, -2.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("upstream", UPSTREAMS.values(), ids=UPSTREAMS)
+def test_upstream_gradients_of_any_value_and_dtype(draw, backend, upstream, packed, dtype):
+    if dtype == torch.float64 and backend.name != "reference":
+        pytest.skip("double precision runs on the reference")
+    student, teacher = draw(3, 6, (8, 12), dtype=dtype)
+    upstream = upstream().to(backend.device)
+    student, lengths = student.requires_grad_(), torch.tensor([6, 3, 6], device=backend.device)
+    here = torch.arange(6, device=backend.device) < lengths[:, None]
+    exact = student.detach().double().requires_grad_()
+    losses = eager_relation_kl((exact, exact), (teacher.double(),) * 2, lengths, 2)
+    reductions = {"none": losses} if upstream.dim() else {"mean": losses.mean(), "sum": losses.sum()}
+    for reduction, truth in reductions.items():
+        (expected,) = torch.autograd.grad(truth, exact, upstream.double(), retain_graph=True)
+        where = {"cu_seqlens": torch.tensor([0, 6, 9, 15], device=backend.device)} if packed else {"mask": here}
+        operands = (student[here], teacher[here]) if packed else (student, teacher)
+        loss = relation_kl(*operands, 2, **where, reduction=reduction, backend=backend.name)
+        (grad,) = torch.autograd.grad(loss, student, upstream.to(loss.dtype))
+        assert grad.dtype == dtype
+        tolerance = 1e-6 + 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            grad.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_loss_scale_of_65536_costs_no_accuracy_in_fp16(draw, backend, packed):
+    """Unscaled, these gradients are subnormal in fp16: a factor applied before the cast would cost their digits."""
+    student, teacher = draw(64, 16, (8, 8), dtype=torch.float16, scale=0.25)
+    student.requires_grad_()
+    where = {"cu_seqlens": torch.arange(65, device=backend.device) * 16} if packed else {}
+    operands = (student.flatten(0, 1), teacher.flatten(0, 1)) if packed else (student, teacher)
+    (grad,) = torch.autograd.grad(65536 * relation_kl(*operands, 2, **where, backend=backend.name), student)
+    exact, lengths = student.detach().double().requires_grad_(), torch.full((64,), 16, device=backend.device)
+    losses = eager_relation_kl((exact, exact), (teacher.double(),) * 2, lengths, 2)
+    (expected,) = torch.autograd.grad(65536 * losses.mean(), exact)
+    assert (expected / 65536).abs().median() < torch.finfo(torch.float16).smallest_normal
+    relative = ((grad.double() - expected).abs() / expected.abs()).median().item()
+    assert relative < torch.finfo(torch.float16).eps
 
 
 @pytest.mark.parametrize("wanted", [0, 1], ids=["left", "right"])
@@ -175,14 +239,40 @@ def test_flops_of_a_cross_relation_are_those_of_the_eager_form(draw, backend):
     assert own.get_total_flops() == fused.get_total_flops() - 2 * 2 * 6 * 6 * 8
 
 
-def test_a_retained_graph_gives_the_same_gradient_again(draw, backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_retained_graph_gives_the_same_gradient_again(draw, backend, reduction, dtype):
     """The gradient is scaled where it lies once the graph is let go, and not before."""
-    student, teacher = draw(2, 6, (8, 12))
+    student, teacher = draw(2, 6, (8, 12), dtype=dtype)
     student.requires_grad_()
-    loss = relation_kl(student, teacher, 2, backend=backend.name)
+    loss = 3 * relation_kl(student, teacher, 2, reduction=reduction, backend=backend.name).sum()
     first, second, last = (torch.autograd.grad(loss, student, retain_graph=keep)[0] for keep in (True, True, False))
     assert first.abs().sum() > 0
     assert torch.equal(first, second) and torch.equal(first, last)
+
+
+def test_gradients_accumulate_in_a_leaf_that_keeps_its_graph(draw, backend):
+    """The leaf must not be given the very memory that a second backward reads."""
+    student, teacher = draw(2, 6, (8, 12))
+    loss = relation_kl(student.requires_grad_(), teacher, 2, backend=backend.name)
+    loss.backward(retain_graph=True)
+    once = student.grad.clone()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(student.grad, 3 * once)
+
+
+def test_many_upstream_gradients_of_a_mean_in_one_backward(draw, backend):
+    student, teacher = draw(2, 6, (8, 12))
+    student.requires_grad_()
+    upstreams = torch.tensor([1.0, -2.0], device=backend.device)
+
+    def loss():
+        return relation_kl(student, teacher, 2, backend=backend.name)
+
+    (batched,) = torch.autograd.grad(loss(), student, upstreams, is_grads_batched=True)
+    alone = torch.stack([torch.autograd.grad(loss(), student, upstream)[0] for upstream in upstreams])
+    assert torch.equal(batched, alone)
 
 
 def test_many_upstream_gradients_in_one_backward(draw, backend):

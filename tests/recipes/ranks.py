@@ -8,6 +8,7 @@ leaves its parameters and logs there.
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from fastkd.recipes import (
     ArcStageBTrainer,
     run_recipe,
     stage_b_encoder,
+    task_recipe,
 )
 
 
@@ -53,6 +55,20 @@ def losses(trainer) -> dict[int, dict[str, float]]:
     }
 
 
+def of_a_given_teacher(settings: dict, rank: int) -> dict:
+    """The recipe again, its teacher taken from the first run, in processes of which one is late."""
+    finished = Path(settings["output_dir"])
+    slow = task_recipe.is_done
+
+    def is_done(folder: Path) -> bool:
+        time.sleep(rank)
+        return slow(folder)
+
+    task_recipe.is_done = is_done
+    given = {"finetuned_teacher": str(finished / "teacher"), "output_dir": f"{finished}-given"}
+    return run_recipe(settings | given)
+
+
 def main(folder: Path) -> None:
     found = {}
     for stage in "ab":
@@ -72,7 +88,9 @@ def main(folder: Path) -> None:
         resumed.train(resume_from_checkpoint=str(folder / f"{stage}-long" / "checkpoint-13"))
         found[f"{stage}-long"] = losses(whole)
         found[f"{stage}-resumed"] = losses(resumed)
-    found["results"] = run_recipe(json.loads((folder / "recipe.json").read_text()))
+    settings = json.loads((folder / "recipe.json").read_text())
+    found["results"] = run_recipe(settings)
+    found["given"] = of_a_given_teacher(settings, rank)
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
 
 

@@ -182,7 +182,7 @@ def test_overwriting_starts_anew_with_other_results(train, steps, finished, tmp_
         (["distil.gradient.steps=0"], "steps=0; integrated gradients need a whole number of steps, 1 at least"),
         (["distil.gradient.stepz=2"], "gradient: unknown key 'stepz'; did you mean 'steps'?"),
         (["distil.gradient.method=attention"], "method='attention'; allowed are saliency"),
-        (["distil.second_order=double"], "second_order='double'; allowed are central_difference, exact"),
+        (["distil.second_order=double"], "second_order='double'; allowed are exact, central_difference"),
         (["distil.target=gold"], "target='gold'; allowed are predicted, label, all"),
         (["distil.distance=l3"], "distance='l3'; allowed are l1, l2, smooth_l1"),
         (["distil.masks=5"], "masks=5; allowed are 1 to 4"),

@@ -1,6 +1,5 @@
 """EGKD on a task: labels, soft labels and branches of explanations, from stored results or beside a running teacher."""
 
-import importlib
 import math
 
 import pytest
@@ -9,7 +8,7 @@ from datasets import Value
 
 import fastkd
 from fastkd.data.wordpiece import train_wordpiece
-from fastkd.explain import distance, gradient_attribution
+from fastkd.explain import distance, gradient, gradient_attribution
 from fastkd.losses import soft_label_loss
 from fastkd.recipes import EgkdConfig, EgkdTrainer, NotFiniteError, egkd_branches, teacher_results
 from fastkd.recipes.egkd_teacher import classifier_of
@@ -167,13 +166,40 @@ def test_central_differences_and_double_backward_train_alike(make_egkd):
     assert moved["exact"].norm() > 1e-4 and error < 1e-2
 
 
-def test_the_forward_of_the_labels_serves_the_explanation_too(make_egkd):
-    """Central differences of a watched forward need two further forwards."""
-    trainer = make_egkd(branches={"gradient": 1.0}, max_steps=1)
+@pytest.mark.parametrize(("second_order", "forwards"), [("exact", 1), ("central_difference", 3)])
+def test_the_forward_of_the_labels_serves_the_explanation_too(make_egkd, second_order, forwards):
+    """Double backward needs no further forward, a central difference two."""
+    trainer = make_egkd(branches={"gradient": 1.0}, max_steps=1, second_order=second_order)
     ran = []
     trainer.model.classifier.register_forward_hook(lambda *_: ran.append(1))
     trainer.train()
-    assert len(ran) == 3
+    assert len(ran) == forwards
+
+
+def test_one_forward_of_a_running_teacher_gives_logits_and_attributions(make_egkd, make_teacher):
+    teacher = make_teacher(dropout=0.0)
+    trainer = make_egkd(teacher=teacher, stored=False, branches={"gradient": 1.0}, max_steps=2)
+    ran = []
+    teacher.classifier.register_forward_hook(lambda *_: ran.append(1))
+    trainer.train()
+    assert len(ran) == 2 and all(line["loss_gradient"] > 0 for line in lines_of(trainer))
+
+
+@pytest.mark.parametrize("branch", ["perturbation", "selection"])
+def test_masked_passes_have_the_embeddings_of_the_labels_forward(make_egkd, branch):
+    """Their gradient reaches the word embeddings, a large table, in one backward."""
+    trainer = make_egkd(branches={branch: 1.0}, max_steps=1)
+    ran = []
+    table = trainer.model.bert.embeddings.word_embeddings
+    table.register_forward_hook(lambda module, ids, vectors: vectors.register_hook(lambda _: ran.append(1)) and None)
+    trainer.train()
+    assert len(ran) == 1
+
+
+def test_the_last_step_of_the_shortest_run_has_branches(make_egkd):
+    trainer = make_egkd(branches={"gradient": 1.0}, max_steps=1, explain_after=0.9)
+    trainer.train()
+    assert lines_of(trainer)[0]["loss_gradient"] > 0
 
 
 def test_a_share_of_the_sequences_is_explained_and_the_sum_over_batches_is_their_mean(make_egkd):
@@ -227,12 +253,12 @@ def test_accumulating_4_x_8_equals_1_x_32(make_egkd, assert_accumulation_changes
 
 
 @pytest.mark.parametrize("second_order", ["central_difference", "exact"])
-def test_bf16_explains_in_fp32_and_runs_the_rest_in_bf16(make_egkd, second_order):
+def test_bf16_takes_differences_in_fp32_and_runs_the_rest_in_bf16(make_egkd, second_order):
     trainer = make_egkd(max_steps=3, bf16=True, second_order=second_order)
     seen = []
     trainer.model.bert.encoder.layer[0].attention.self.query.register_forward_hook(lambda *a: seen.append(a[2].dtype))
     trainer.train()
-    assert seen.count(torch.float32) == 3 * (3 if second_order == "central_difference" else 1)
+    assert seen.count(torch.float32) == 3 * (3 if second_order == "central_difference" else 0)
     assert seen.count(torch.bfloat16) == 3 * 3  # labels, one mask, selected tokens
     assert all(math.isfinite(line["loss"]) and line["explanations_skipped"] == 0 for line in lines_of(trainer))
 
@@ -277,15 +303,14 @@ def test_a_batch_whose_attributions_are_nan_is_left_out_of_the_branch_and_counte
 
 def test_gradients_that_are_not_finite_spoil_no_parameter(make_egkd, monkeypatch):
     """Central differences from a gradient with an infinity in it."""
-    module = importlib.import_module("fastkd.explain.central_difference")
-    original = module.gradients_of
+    original = gradient.gradients_of
 
     def gradients_of(*args, **kwargs):
         gradient = original(*args, **kwargs)
         return gradient.index_fill(0, torch.tensor([1]), torch.inf)
 
-    monkeypatch.setattr(module, "gradients_of", gradients_of)
-    trainer = make_egkd(branches={"gradient": 1e4}, max_steps=2, max_skipped=9)
+    monkeypatch.setattr(gradient, "gradients_of", gradients_of)
+    trainer = make_egkd(branches={"gradient": 1e4}, second_order="central_difference", max_steps=2, max_skipped=9)
     trainer.train()
     assert [line["explanations_skipped"] for line in lines_of(trainer)] == [1, 1]
     assert all(torch.isfinite(tensor).all() for tensor in trainer.model.state_dict().values())
@@ -304,8 +329,8 @@ def test_step_0_says_what_is_about_to_happen_and_what_it_costs(make_egkd, capsys
     for phrase in (
         "0.2 task + 0.8 soft + 10 gradient + 0.5 perturbation + 0.5 selection",
         "does not run: results of 330 examples are stored",
-        "gradient_x_input of the log_probability, teacher's class; further passes: a backward to the embeddings and 2 "
-        "forwards and backwards of 50% of the sequences",
+        "gradient_x_input of the log_probability, teacher's class; second order: exact; further passes: a forward, a "
+        "backward to the embeddings and a double one of 50% of the sequences, on unfused attention",
         "1 of 6 lime masks for each sequence; further passes: 1 forward and backward",
         "30% of the tokens, chosen once; further passes: 1 forward and backward",
         "after 0% of the steps; gradient every 3 steps",

@@ -80,3 +80,7 @@ def test_the_whole_recipe_runs_in_two_processes(folder, found):
     assert json.loads((folder / "recipe" / "results.json").read_text()) == found[0]["results"]
     for step in ("teacher", "stage_a", "student"):
         assert (folder / "recipe" / step / "done.json").is_file()
+
+
+def test_a_given_teacher_is_copied_once_and_used_by_both_processes(found):
+    assert found[0]["given"] == found[1]["given"] == found[0]["results"]

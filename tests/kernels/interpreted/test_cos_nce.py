@@ -242,9 +242,9 @@ def test_of_nothing_there_is_nothing(kernels, shape):
 def test_a_gradient_is_scaled_where_it_lies_and_rounded_once(elements, dtype):
     grad = torch.randn(elements, dtype=dtype)
     expected = (grad.float() * 0.3).to(dtype)
-    triton_kernels.cos_nce_scale(grad, torch.tensor(0.3))
+    triton_kernels.scale_gradient(grad, torch.tensor(0.3))
     # The interpreter cuts a number off to bf16, compiled code rounds it.
     torch.testing.assert_close(grad, expected, rtol=2**-7 if dtype == bf16 else 0, atol=0)
     kept = grad.clone()
-    triton_kernels.cos_nce_scale(grad, torch.tensor(1.0))
+    triton_kernels.scale_gradient(grad, torch.tensor(1.0))
     assert torch.equal(grad, kept)

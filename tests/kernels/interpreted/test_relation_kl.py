@@ -26,32 +26,40 @@ def draw(batch, length, width_s=8, width_t=16, cross=False, dtypes=(fp32, fp32),
     )
 
 
-def launch(student, teacher, lengths, causal=False, starts=None, order=None, max_length=None, with_grad=True):
+def launch(
+    student, teacher, lengths, causal=False, starts=None, order=None, max_length=None, divisor=1, with_grad=True
+):
     starts = torch.zeros(len(lengths), dtype=torch.int64) if starts is None else torch.tensor(starts)
     max_length = student[0].shape[-2] if max_length is None else max_length
     losses, *grads = kernels.relation_kl(
         student[0], student[1] if len(student) == 2 else None, teacher[0], teacher[1] if len(teacher) == 2 else None,
-        starts, torch.tensor(lengths, dtype=torch.int32), order, max_length, HEADS, causal, with_grad,
+        starts, torch.tensor(lengths, dtype=torch.int32), order, max_length, HEADS, causal, divisor, with_grad,
     )  # fmt: skip
     return losses, *grads[: len(student)]
 
 
-def definition(student, teacher, lengths, causal=False, dtype=None):
-    """Losses and the gradients without their factor, by autograd, in `dtype` or in the tensors' own."""
+def definition(student, teacher, lengths, causal=False, divisor=1, dtype=None):
+    """Losses and the gradients of their sum / divisor, in fp16 without the factors, by autograd, in `dtype` or in the
+    tensors' own."""
+    folded = student[0].dtype != fp16
     student = [x.to(dtype or x.dtype).clone().requires_grad_() for x in student]
     teacher = [y.to(dtype or y.dtype) for y in teacher]
     lengths = torch.tensor(lengths)
     losses = eager_relation_kl((student[0], student[-1]), (teacher[0], teacher[-1]), lengths, HEADS, causal)
-    (losses * HEADS * lengths.clamp(min=1)).sum().backward()
+    (losses / divisor if folded else losses * HEADS * lengths.clamp(min=1)).sum().backward()
     return losses.detach(), *(x.grad for x in student)
 
 
-def check(student, teacher, lengths, causal=False, noise=1e-7):
-    results = launch(student, teacher, lengths, causal)
-    eagers = definition(student, teacher, lengths, causal)
-    truths = definition(student, teacher, lengths, causal, torch.float64)
-    for name, result, eager, truth in zip(("loss", "gradient", "right"), results, eagers, truths, strict=False):
-        verdict = judge(result, eager, truth, noise=noise)
+def check(student, teacher, lengths, causal=False, noise=1e-7, divisor=1):
+    """noise: of the loss, and of the gradient without its factor."""
+    results = launch(student, teacher, lengths, causal, divisor=divisor)
+    eagers = definition(student, teacher, lengths, causal, divisor)
+    truths = definition(student, teacher, lengths, causal, divisor, torch.float64)
+    largest_factor = 1 if student[0].dtype == fp16 else 1 / (HEADS * min(n for n in lengths if n) * divisor)
+    noises = (noise, noise * largest_factor, noise * largest_factor)
+    names = ("loss", "gradient", "right")
+    for name, result, eager, truth, allowed in zip(names, results, eagers, truths, noises, strict=False):
+        verdict = judge(result, eager, truth, noise=allowed)
         assert verdict, f"{name}: {verdict}"
 
 
@@ -97,6 +105,14 @@ def test_head_widths(widths, length):
 def test_dtypes(dtypes, length):
     student, teacher = draw(1, length, 16, 32, dtypes=dtypes)
     check(student, teacher, [length])
+
+
+@forms
+@pytest.mark.parametrize("length", [20, 40])
+@pytest.mark.parametrize("dtype", [fp32, bf16, fp16])
+def test_the_divisor_of_the_reduction_is_in_the_gradient(dtype, length, cross, causal):
+    student, teacher = draw(3, length, cross=cross, dtypes=(dtype, dtype))
+    check(student, teacher, [length, 0, length // 2], causal, divisor=1000)
 
 
 @pytest.mark.parametrize("length", [100, 140])
