@@ -16,6 +16,10 @@ def add_arguments(parser) -> None:
 
 
 def run(options) -> None:
+    import torch.distributed as dist
+
     from fastkd.recipes import read_settings, run_recipe
 
     run_recipe(read_settings(options.recipe, options.settings))
+    if dist.is_available() and dist.is_initialized():  # its threads would end an interpreter that exits by abort()
+        dist.destroy_process_group()
