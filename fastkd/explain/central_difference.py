@@ -84,12 +84,13 @@ def central_difference(
         raise ValueError(f"step={step}; it must be positive")
     with torch.enable_grad():
         if watched is None:
+            before = Draws(valid_tokens(inputs).device)
             embeddings = with_gradient(classifier.embed(inputs))
             draws = Draws(embeddings.device)
         else:
             seen = check_watched(watched, settings)
-            embeddings, draws = seen.embeddings, seen.draws
-        baseline = classifier.baseline(inputs, settings.baseline, embeddings)
+            embeddings, draws, before = seen.embeddings, seen.draws, seen.before
+        baseline = classifier.baseline(inputs, settings.baseline, embeddings, before)
         with torch.autocast(embeddings.device.type, enabled=False):
             if watched is None:
                 gradient, classes = mean_gradient(

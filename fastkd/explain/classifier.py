@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +35,22 @@ class Draws:
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
 
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """What runs within draws the same dropout again; what comes after draws as if it had not run."""
+        with torch.random.fork_rng(devices=[self._device] if self._cuda is not None else []):
+            self.replay()
+            yield
+
 
 @dataclass
 class Watched:
-    """What a watched forward let through: `embeddings` (B, L, D) in its graph, and the `draws` that came after them."""
+    """What a watched forward let through: `embeddings` (B, L, D) in its graph, the draws that came `before` them, which
+    are those of their own dropout, and the `draws` that came after."""
 
     embeddings: Tensor | None = None
     draws: Draws | None = None
+    before: Draws | None = None
 
 
 class Classifier:
@@ -147,19 +157,25 @@ class Classifier:
             seen.draws = Draws(output.device)
             return seen.embeddings
 
-        handle = self._module().register_forward_hook(look)
+        def before(module, args):
+            seen.before = Draws(next(chain(module.parameters(), module.buffers())).device)
+
+        module = self._module()
+        handles = module.register_forward_pre_hook(before), module.register_forward_hook(look)
         try:
             yield seen
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def maskable(self, inputs: Inputs) -> Tensor:
         """(B, L) bool: the tokens that a perturbation may take away, neither padding nor special."""
         return maskable_tokens(inputs, self.special_ids)
 
-    def baseline(self, inputs: Inputs, kind: str, like: Tensor) -> Tensor:
+    def baseline(self, inputs: Inputs, kind: str, like: Tensor, draws: Draws | None = None) -> Tensor:
         """e₀ (B, L, D) that stands for no information: "zero", or "mask": the embeddings of the sequence with [MASK] in
-        the place of each token that is not special. `like` are the embeddings of `inputs`."""
+        the place of each token that is not special. `like` are the embeddings of `inputs`; `draws` those of their
+        dropout, which e₀ then has too: else their difference would be dropout, at special tokens nothing else."""
         if kind not in BASELINES:
             raise ValueError(f"baseline={kind!r}; allowed are {', '.join(BASELINES)}")
         if kind == "zero":
@@ -168,7 +184,8 @@ class Classifier:
             missing = "input_ids" if self.mask_id is not None else "a mask_id: Classifier(..., mask_id=...)"
             raise ValueError(f"baseline='mask' needs {missing}; baseline='zero' does not")
         ids = inputs["input_ids"].masked_fill(self.maskable(inputs), self.mask_id)
-        return self.embed({**inputs, "input_ids": ids})
+        with nullcontext() if draws is None else draws.again():
+            return self.embed({**inputs, "input_ids": ids})
 
     def _module(self) -> nn.Module:
         if self._embeddings is None:

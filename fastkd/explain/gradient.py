@@ -145,11 +145,13 @@ def gradient_attribution(
     """
     with torch.enable_grad(), twice_differentiable() if create_graph else nullcontext():
         if watched is None:
+            before = Draws(valid_tokens(inputs).device)
             embeddings = classifier.embed(inputs)
             embeddings = with_gradient(embeddings if create_graph else embeddings.detach())
         else:
-            embeddings = check_watched(watched, settings).embeddings
-        baseline = classifier.baseline(inputs, settings.baseline, embeddings)
+            seen = check_watched(watched, settings)
+            embeddings, before = seen.embeddings, seen.before
+        baseline = classifier.baseline(inputs, settings.baseline, embeddings, before)
         if watched is None:
             gradient, _ = mean_gradient(
                 classifier, inputs, settings, embeddings, baseline, target, create_graph=create_graph,

@@ -67,6 +67,7 @@ class GradientBranch:
     second_order: str
     distance: str
     share: float
+    every: int
 
     name: ClassVar[str] = "gradient"
     per_token: ClassVar[bool] = True
@@ -94,11 +95,12 @@ class GradientBranch:
         return self.settings.steps == 1 and not batch.half
 
     def rows(self, batch: Explained) -> list[int] | None:
-        """The sequences that are explained: every (1 / share)-th, from another one at every step; None are all."""
+        """The sequences that are explained: every (1 / share)-th, from another one each time; None are all."""
         if self.share == 1:
             return None
         count = len(batch.inputs["input_ids"])
-        places = range(batch.step, batch.step + count)
+        turn = batch.step // self.every
+        places = range(turn, turn + count)
         return [row for row, i in enumerate(places) if int((i + 1) * self.share) > int(i * self.share)]
 
     def explained(self, batch: Explained) -> Classifier:

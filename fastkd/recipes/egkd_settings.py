@@ -120,7 +120,9 @@ class EgkdConfig(DistillationArguments):
     def _all_branches(self) -> list[Branch]:
         selector = from_settings(SelectorSettings, self.selector, "selector")
         return [
-            GradientBranch(self.explainer, self.target, self.second_order, self.distance, self.explain_share),
+            GradientBranch(
+                self.explainer, self.target, self.second_order, self.distance, self.explain_share, self.explain_every
+            ),
             PerturbationBranch(self.mask_pool, self.masks, self.mask_baseline, self.temperature, self.seed),
             SelectionBranch(selector, self.temperature),
         ]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from fastkd.explain import TeacherResults, maskable_tokens, twice_differentiable
+from fastkd.explain import Fingerprint, TeacherResults, maskable_tokens, twice_differentiable
 from fastkd.explain.fingerprint import of_tokenizer
 from fastkd.losses import soft_label_loss
 from fastkd.recipes.egkd_branches import Explained, GradientBranch, PerturbationBranch
 from fastkd.recipes.egkd_settings import EgkdConfig
-from fastkd.recipes.egkd_teacher import classifier_of, running_teacher, special_ids
+from fastkd.recipes.egkd_teacher import classifier_of, results_settings, running_teacher, special_ids
 from fastkd.recipes.training import DistillationTrainer, NotFiniteError, check_vocabulary
 
 
@@ -51,9 +51,10 @@ class EgkdTrainer(DistillationTrainer):
         **kwargs,
     ):
         classifier_of(model, processing_class)
-        check_vocabulary(processing_class, student=model)
+        running = {} if isinstance(teacher, TeacherResults) else {"teacher": teacher}
+        check_vocabulary(processing_class, student=model, **running)
         check_results(model, teacher, train_dataset, args)
-        check_tokenizer(processing_class, teacher)
+        check_fingerprint(processing_class, teacher, train_dataset, args)
         self.branches = args.make_branches()
         self._teacher, self._running, self._explainable = teacher, None, None
         self._skipped: Tensor | None = None  # (3,) on the device: since the last log, in a row, and longest row
@@ -245,13 +246,19 @@ class TeacherCollator:
         return batch
 
 
-def check_tokenizer(tokenizer, teacher: TeacherResults | PreTrainedModel) -> None:
-    """Raise a ValueError where stored results are of the tokens of another tokenizer."""
-    if isinstance(teacher, TeacherResults) and teacher.fingerprint.tokenizer != of_tokenizer(tokenizer):
+def check_fingerprint(tokenizer, teacher: TeacherResults | PreTrainedModel, data, args: EgkdConfig) -> None:
+    """Raise a ValueError where stored results are of another tokenizer, other data, or other settings."""
+    if not isinstance(teacher, TeacherResults):
+        return
+    if teacher.fingerprint.tokenizer != of_tokenizer(tokenizer):
         raise ValueError(
             "the stored results are of another tokenizer's tokens; teacher and student need one tokenizer here "
             "(fastkd.explain.WordAlignment compares explanations on words)"
         )
+    if data is not None:
+        expected = Fingerprint.of(None, tokenizer, data, results_settings(data, args))
+        if differences := teacher.fingerprint.differences(expected):
+            raise ValueError(f"the stored results belong to something else; {'; '.join(differences)}")
 
 
 def check_results(model, teacher: TeacherResults | PreTrainedModel, data, args: EgkdConfig) -> None:

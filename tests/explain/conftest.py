@@ -48,6 +48,13 @@ def classifier(bert):
 
 
 @pytest.fixture
+def dropping():
+    """A BERT in training, whose dropout is on, and its classifier."""
+    bert = tiny_bert(dropout=0.3).train()
+    return bert, Classifier(bert, bert.bert.embeddings, mask_id=MASK, special_ids=SPECIAL)
+
+
+@pytest.fixture
 def linear():
     return Classifier(LinearClassifier().double(), mask_id=MASK, special_ids=SPECIAL)
 

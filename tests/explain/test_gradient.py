@@ -8,6 +8,7 @@ from torch import nn
 from fastkd.explain import (
     Classifier,
     GradientSettings,
+    central_difference,
     gradient_attribution,
     gradient_x_input,
     integrated_gradients,
@@ -192,3 +193,27 @@ def test_less_than_one_step_is_refused(classifier, batch, steps):
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="="):
         GradientSettings(**settings)
+
+
+@pytest.mark.parametrize("how", ["own forward", "watched", "central difference"])
+def test_a_mask_baseline_has_the_dropout_of_the_embeddings_it_is_taken_from(how, dropping, batch):
+    """Else e - e₀ at special tokens would be dropout, and nothing else."""
+    model, student = dropping
+    settings = GradientSettings("integrated_gradients", 1, "mask")
+    found = []
+    if how == "central difference":
+        central_difference(student, batch, settings, lambda scores: found.append(scores.detach()) or scores.sum())
+    else:
+        with student.watch() as seen:
+            watched = (seen, model(**batch).logits) if how == "watched" else None
+        found.append(gradient_attribution(student, batch, settings, watched=watched))
+    words = student.maskable(batch)
+    assert (found[0][~words] == 0).all() and (found[0][words] != 0).any()
+
+
+def test_what_follows_a_mask_baseline_draws_dropout_anew(dropping, batch):
+    _, student = dropping
+    one, other = (
+        gradient_attribution(student, batch, GradientSettings("integrated_gradients", 1, "mask")) for _ in "12"
+    )
+    assert (one != other).any()

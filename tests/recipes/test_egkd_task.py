@@ -218,6 +218,15 @@ def test_a_share_of_the_sequences_is_explained_and_the_sum_over_batches_is_their
     assert sorted(rows) == list(range(16))
 
 
+def test_every_sequence_has_its_turn_where_not_every_step_explains(make_egkd):
+    trainer = make_egkd(branches={"gradient": 1.0}, explain_share=0.25, explain_every=4)
+    batch, [branch] = batch_of(trainer, range(16)), trainer.branches
+    rows = []
+    for trainer.state.global_step in range(0, 16, 4):
+        rows += branch.rows(trainer._explained(batch, {}))
+    assert sorted(rows) == list(range(16))
+
+
 def test_masks_are_a_function_of_seed_step_and_example_and_differ_within_a_sequence(make_egkd):
     trainer = make_egkd(branches={"perturbation": 1.0}, masks=3)
     [branch] = trainer.branches
