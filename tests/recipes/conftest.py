@@ -1,7 +1,10 @@
 """A tiny BERT with random weights, a tokenizer made on the spot, and a task it can learn in seconds."""
 
 import gc
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +32,24 @@ def quick_garbage_collection():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def run_two_ranks():
+    """Runs `script FOLDER` in two processes over gloo."""
+
+    def run(script: Path, folder: Path) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        ranks = subprocess.run(
+            [*command, str(script), str(folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert ranks.returncode == 0, ranks.stderr[-3000:]
+
+    return run
 
 
 _GOOD = "good fine great lovely superb charming".split()

@@ -387,3 +387,19 @@ def test_results_of_other_data_or_without_a_branch_are_refused(make_egkd, make_t
             EgkdTrainer(
                 make_teacher(), without, teacher=results, processing_class=tokenizer, train_dataset=tokens["train"]
             )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [("data", "belong to something else; the data"), ("settings", "belong to something else; selection: .*0.3.*0.6")],
+)
+def test_results_of_data_in_another_order_or_of_other_settings_are_refused(
+    changed, message, make_egkd, make_teacher, tokenizer, tokens
+):
+    results, data = make_egkd(branches={"selection": 1.0})._teacher, tokens["train"]
+    if changed == "data":
+        data = data.select(range(len(data) - 1, -1, -1))
+    selector = {"epochs": 1} | ({"ratio": 0.6} if changed == "settings" else {})
+    config = EgkdConfig(output_dir="/nowhere", branches={"selection": 1.0}, selector=selector, use_cpu=True)
+    with pytest.raises(ValueError, match=message):
+        EgkdTrainer(make_teacher(), config, teacher=results, processing_class=tokenizer, train_dataset=data)

@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,21 +16,13 @@ _spec.loader.exec_module(ranks)
 
 
 @pytest.fixture(scope="module")
-def folder(make_teacher, tokenizer, tokens, tmp_path_factory):
+def folder(make_teacher, tokenizer, tokens, run_two_ranks, tmp_path_factory):
     """What two ranks left behind. Ten sentences occur twice, some of them on both ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     make_teacher().save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
     tokens["train"].select([*range(182), *range(10)]).save_to_disk(str(folder / "data"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*command, str(_SCRIPT), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_two_ranks(_SCRIPT, folder)
     return folder
 
 
