@@ -33,6 +33,7 @@ GPU_JOBS ?= 8
 GPU_SHAPES ?= small
 GPU_OPS ?= relation_kl sparse_embedding cos_nce attribution_distance
 SANITIZED := tests/ops/test_relation_kl.py tests/ops/test_sparse_embedding.py tests/ops/test_cos_nce.py \
+  tests/ops/test_attribution_distance.py \
   -k "cuda and not reference and (both_operands or peaked or differ_in_dtype or storage_format or any_mask)"
 
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench

@@ -33,6 +33,32 @@ __device__ inline T shuffle(T value, int lane) {
 
 __device__ inline int take_next(int* counter) { return atomicAdd(counter, 1); }
 
+// Between warps of different blocks: this one has come so far, and what its lanes wrote is there for whoever sees the
+// count. Returns the count before; the last to arrive sees what all have written.
+__device__ inline int arrive(int* counter) {
+  __syncwarp();
+  int before = 0;
+  if (threadIdx.x % 32 == 0) {
+    __threadfence();
+    before = atomicAdd(counter, 1);
+    __threadfence();
+  }
+  before = __shfl_sync(0xffffffffu, before, 0);
+  __syncwarp(); // a shuffle orders no memory
+  return before;
+}
+
+// Until so many warps have arrived. They must be sure to run: blocks that wait may fill the device.
+__device__ inline void wait_until(const int* counter, int arrived) {
+  if (threadIdx.x % 32 == 0) {
+    while (*static_cast<const volatile int*>(counter) < arrived) {
+      __nanosleep(100);
+    }
+    __threadfence();
+  }
+  __syncwarp();
+}
+
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

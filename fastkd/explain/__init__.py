@@ -20,7 +20,8 @@ from fastkd.explain.align import (
 )
 from fastkd.explain.central_difference import DistanceTo, central_difference
 from fastkd.explain.classifier import Classifier, Watched, maskable_tokens, rows_of, valid_tokens
-from fastkd.explain.consistency import Consistency, consistency
+from fastkd.explain.compute import compute_results
+from fastkd.explain.consistency import Consistency, by_chance, consistency
 from fastkd.explain.fingerprint import Fingerprint
 from fastkd.explain.gradient import (
     GradientSettings,
@@ -31,12 +32,12 @@ from fastkd.explain.gradient import (
 )
 from fastkd.explain.mask_pool import MaskPool
 from fastkd.explain.perturbation import explanation_of_logits, linear_explanation, masked_logits, occlusion
-from fastkd.explain.picture import side_by_side
+from fastkd.explain.picture import ShownExample, side_by_side, spelled
 from fastkd.explain.scores import distance, normalise
 from fastkd.explain.second_order import twice_differentiable
 from fastkd.explain.selection import hard_top_k, relaxed_top_k
 from fastkd.explain.selector import Selector, SelectorSettings, train_selector
-from fastkd.explain.stored import TeacherResults, compute_results
+from fastkd.explain.stored import TeacherResults
 
 __all__ = [
     "Classifier",
@@ -47,9 +48,11 @@ __all__ = [
     "MaskPool",
     "Selector",
     "SelectorSettings",
+    "ShownExample",
     "TeacherResults",
     "Watched",
     "WordAlignment",
+    "by_chance",
     "central_difference",
     "check_tokenizers",
     "compute_results",
@@ -70,6 +73,7 @@ __all__ = [
     "rows_of",
     "saliency",
     "side_by_side",
+    "spelled",
     "tokens_of_words",
     "train_selector",
     "twice_differentiable",

@@ -7,41 +7,9 @@ a word is the sum of its tokens' scores, so that what adds up over tokens (integ
 KernelSHAP) adds up over words. Words that only one of the two saw, because the other cut the text before them, are left
 out on both sides.
 
-How a recipe uses it. Before any work:
-
-    check_tokenizers(teacher_tokenizer, student_tokenizer, align)     # refuses other tokenizers without align="words"
-    alignment = WordAlignment.of(teacher_tokenizer, student_tokenizer, texts, pairs, max_length=128)
-
-Once, for the teacher: its batches hold `words`, (B, L) of `pad_words(rows of alignment.teacher, attention_mask)`, which
-`Classifier` keeps from the model. Scores are summed as they are, and normalised over words:
-
-    words = GradientSettings("gradient_x_input", reduce="sum", norm=None)
-    compute_results(
-        loader,
-        Fingerprint.of(model, tokenizer, train, settings | {"align": alignment.digest}),
-        per_example={
-            "logits": teacher.logits,
-            "pool_logits": lambda x: masked_logits(
-                teacher, x, tokens_of_words(pool.spread(word_mask(x["words"])), x["words"])
-            ),
-        },
-        per_token={
-            "gradient": lambda x: normalise(word_scores(gradient_attribution(teacher, x, words), x["words"]), "l2"),
-            "selected": lambda x: word_scores(selector.select(teacher, x, ratio).long(), x["words"]) > 0,
-        },
-        mask=lambda x: word_mask(x["words"]),
-    )
-
-At a step, `words` (B, L) being `pad_words(rows of alignment.student, attention_mask)`, from the collator:
-
-    valid = word_mask(words)                                                            # (B, W)
-    given = results.batch(example, valid)                                               # "gradient": (B, W)
-    apart = lambda a: distance(normalise(word_scores(a, words, valid.shape[1]), "l2"), given["gradient"], valid)
-    central_difference(student, inputs, words_settings, apart, target=classes)
-    masked_logits(student, inputs, tokens_of_words(pool.spread(valid, which), words))   # the masks of a pool
-    masked_logits(student, inputs, tokens_of_words(given["selected"][:, None], words))  # the selected words
-
-`consistency` compares word scores (B, W) with the mask `valid`, and `side_by_side` shows `alignment.words`.
+Both sides number the words of a text alike, so their scores (B, W) compare as scores (B, L) of tokens do: normalised
+over words, after the sums. Masks are masks of words, which on either side take all tokens of a word away. The recipe
+`egkd` does this with `align=words` (docs/methods/egkd_cross_architecture.md).
 """
 
 from __future__ import annotations
@@ -53,14 +21,17 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastkd.explain.fingerprint import of_tokenizer
+from fastkd.explain.fingerprint import of_data, of_tokenizer
 
 ALIGNMENTS = (None, "words")
+SIDES = ("teacher", "student")
 NO_WORD = -1
+_AT_ONCE = 1000  # texts: what a tokenizer tells of them is many times what is kept
 
 
 def check_tokenizers(teacher, student, align: str | None = None) -> None:
@@ -72,7 +43,7 @@ def check_tokenizers(teacher, student, align: str | None = None) -> None:
     if align not in ALIGNMENTS:
         raise ValueError(f"align={align!r}; allowed are null and words")
     if align == "words":
-        for side, tokenizer in (("teacher", teacher), ("student", student)):
+        for side, tokenizer in zip(SIDES, (teacher, student), strict=True):
             _check_fast(tokenizer, side)
     elif of_tokenizer(teacher) != of_tokenizer(student):
         same = teacher.get_vocab() == student.get_vocab()
@@ -91,11 +62,13 @@ class WordAlignment:
         teacher, student: for each example the numbers of its tokens' words, `NO_WORD` where there is none. The words
             that both saw have the numbers 0, 1, ... in the order of the text, those of a second text after the first's.
         words: these words, as they stand in the text.
+        data: digests of the token ids of both sides, by `of_data`.
     """
 
     teacher: list[list[int]]
     student: list[list[int]]
     words: list[list[str]]
+    data: tuple[str, str]
 
     @staticmethod
     def of(
@@ -107,21 +80,44 @@ class WordAlignment:
         Raises ValueError for a tokenizer that is not fast: it does not tell where in the text a token stands.
         """
         check_tokenizers(teacher, student, "words")
-        sides = [_word_numbers(tokenizer, texts, pairs, max_length) for tokenizer in (teacher, student)]
+        columns = [list(column) for column in (texts, pairs) if column is not None]
+        sides = [_tokens_and_words(tokenizer, columns, max_length) for tokenizer in (teacher, student)]
         found, words = ([], []), []
-        for i, rows in enumerate(zip(*sides, strict=True)):
+        for example, *rows in zip(zip(*columns, strict=True), *(numbers for _, numbers in sides), strict=True):
             both = sorted(set(rows[0]) & set(rows[1]) - {NO_WORD})
             number = {word: k for k, word in enumerate(both)}
             for side, row in zip(found, rows, strict=True):
                 side.append([number.get(word, NO_WORD) for word in row])
-            spelled = [word for text in (texts, pairs) if text is not None for word in text[i].split()]
+            spelled = [word for text in example for word in text.split()]
             words.append([spelled[word] for word in both])
-        return WordAlignment(*found, words)
+        return WordAlignment(*found, words, tuple(of_data({"input_ids": ids}) for ids, _ in sides))
 
     @property
     def digest(self) -> str:
-        """For the settings of a `Fingerprint`: results on words belong to both tokenizers."""
-        return hashlib.sha256(json.dumps([self.teacher, self.student]).encode()).hexdigest()
+        """For the settings of a `Fingerprint`: results on words belong to the tokens of both sides."""
+        return hashlib.sha256(json.dumps([self.teacher, self.student, self.data]).encode()).hexdigest()
+
+    def with_words(self, side: Literal["teacher", "student"], data):
+        """The tokenized data of one side, a datasets.Dataset with input_ids, with a further column "words".
+
+        Raises ValueError where it is not the data whose tokens are aligned: of another length, cut to another one, in
+        another order, of other texts or another tokenizer.
+        """
+        rows, ids = getattr(self, side), data["input_ids"][:]
+        if len(ids) != len(rows):
+            raise ValueError(f"the {side}'s data has {len(ids)} examples, the alignment is of {len(rows)}")
+        for i, (row, tokens) in enumerate(zip(rows, ids, strict=True)):
+            if len(row) != len(tokens):
+                raise ValueError(
+                    f"example {i} of the {side}'s data has {len(tokens)} tokens, its alignment {len(row)}: it was cut "
+                    "to another max_length, or is of another text or tokenizer"
+                )
+        if of_data({"input_ids": ids}) != self.data[SIDES.index(side)]:
+            raise ValueError(
+                f"the {side}'s data are not the tokens that are aligned: they stand in another order, or are of other "
+                "texts or another tokenizer"
+            )
+        return data.add_column("words", rows)
 
 
 def pad_words(rows: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
@@ -186,17 +182,20 @@ def _member(words: Tensor, count: int | None) -> Tensor:
     return words[..., None] == torch.arange(count, device=words.device)
 
 
-def _word_numbers(tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int) -> list[list[int]]:
-    """For each example the word of each token, counted over its one or two texts; `NO_WORD` for tokens of none."""
-    columns = [list(texts)] if pairs is None else [list(texts), list(pairs)]
-    if not columns[0]:
-        return []
-    encoded = tokenizer(*columns, truncation=True, max_length=max_length)
-    examples = zip(*columns, strict=True)
-    return [_of_tokens(encoding, example) for encoding, example in zip(encoded.encodings, examples, strict=True)]
+def _tokens_and_words(tokenizer, columns: list[list[str]], max_length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """For each example its token ids, and the word of each token, counted over its one or two texts; `NO_WORD` for
+    tokens of none."""
+    ids, numbers = [], []
+    for first in range(0, len(columns[0]), _AT_ONCE):
+        here = [column[first : first + _AT_ONCE] for column in columns]
+        encoded = tokenizer(*here, truncation=True, max_length=max_length)
+        ids += encoded["input_ids"]
+        for encoding, *example in zip(encoded.encodings, *here, strict=True):
+            numbers.append(_of_tokens(encoding, example))
+    return ids, numbers
 
 
-def _of_tokens(encoding, texts: tuple[str, ...]) -> list[int]:
+def _of_tokens(encoding, texts: Sequence[str]) -> list[int]:
     starts = [[word.start() for word in re.finditer(r"\S+", text)] for text in texts]
     numbers = []
     for which, (begin, end) in zip(encoding.sequence_ids, encoding.offsets, strict=True):

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastkd.explain.classifier import Classifier, Draws, Inputs, Watched, valid_tokens
+from fastkd.explain.arguments import check_positive, check_type
+from fastkd.explain.classifier import Classifier, Draws, Inputs, Watched
 from fastkd.explain.gradient import (
     GradientSettings,
     check_watched,
@@ -33,7 +34,8 @@ from fastkd.explain.gradient import (
     scores_of,
     with_gradient,
 )
-from fastkd.explain.target import Target, class_scores, single
+from fastkd.explain.scores import check_distance
+from fastkd.explain.target import Target, check_explained, class_scores, single
 from fastkd.ops import attribution_distance
 
 STEP = 3e-3
@@ -44,10 +46,15 @@ _STEP_IN_HALF = 2**-6  # in bf16 or fp16 a smaller difference of J drowns in rou
 class DistanceTo:
     """The `distance` of kind "l2", "l1" or "smooth_l1" to a teacher's scores (B, L), or (B, C, L) of every class, of
     the same settings: computed from e and G by the fused op `attribution_distance`. A sequence whose G is not finite
-    makes it NaN and gets no gradient from it."""
+    makes it NaN and gets no gradient from it. Raises TypeError where the scores are no tensor, ValueError for another
+    kind."""
 
     teacher: Tensor
     kind: str = "l2"
+
+    def __post_init__(self):
+        check_type("teacher", self.teacher, Tensor)
+        check_distance(self.kind)
 
 
 def central_difference(
@@ -77,18 +84,21 @@ def central_difference(
     All passes have the dropout of the first (or watched) forward above the embeddings, so that their difference is one
     of J alone, and run without autocast. Scores that are not finite give a loss that is not: skip the step then.
 
-    Raises ValueError as `gradient_attribution`, for a `step` that is not positive, and for watched forwards where there
-    are several steps.
+    Raises as `gradient_attribution`; TypeError for a `distance` of another kind, ValueError for a `step` that is not
+    positive.
     """
-    if not step > 0:
-        raise ValueError(f"step={step}; it must be positive")
+    check_positive("step", step)
+    check_type("settings", settings, GradientSettings)
+    if not isinstance(distance, DistanceTo) and not callable(distance):
+        raise TypeError(f"distance is of type {type(distance).__name__}; DistanceTo(scores) or a function is needed")
+    valid = check_explained(classifier, inputs, target, batch_size)
     with torch.enable_grad():
         if watched is None:
-            before = Draws(valid_tokens(inputs).device)
+            before = Draws(valid.device)
             embeddings = with_gradient(classifier.embed(inputs))
             draws = Draws(embeddings.device)
         else:
-            seen = check_watched(watched, settings)
+            seen = check_watched(watched, settings, inputs)
             embeddings, draws, before = seen.embeddings, seen.draws, seen.before
         baseline = classifier.baseline(inputs, settings.baseline, embeddings, before)
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -99,9 +109,9 @@ def central_difference(
             else:
                 gradient, classes = gradient_of_watched(watched, settings, target)
             gradient = gradient.detach().requires_grad_()
-            loss = _distance(distance, settings, gradient, embeddings, baseline, valid_tokens(inputs), single(target))
+            loss = _distance(distance, settings, gradient, embeddings, baseline, valid, single(target))
             [pull] = torch.autograd.grad(loss, gradient, retain_graph=True)
-            direction, rate = _scaled(pull, embeddings, valid_tokens(inputs), step)
+            direction, rate = _scaled(pull, embeddings, valid, step)
             moved = 0
             for k in range(classes.shape[1]):
                 for sign in (1, -1):

@@ -11,9 +11,11 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from fastkd.explain.arguments import as_ids, check_mask, check_type, check_whole
+
 BASELINES = ("zero", "mask")
 # With labels the model would compute a loss too; words are for those who sum over them (fastkd.explain.align).
-_NOT_FOR_THE_MODEL = ("labels", "words")
+_NOT_FOR_THE_MODEL = ("labels", "words", "word_mask")
 
 Inputs = Mapping[str, Tensor]
 
@@ -73,6 +75,7 @@ class Classifier:
         special_ids: ids that are never masked and never selected, such as [CLS], [SEP] and padding.
 
     Raises:
+        TypeError: `model` cannot be called, `embeddings` is no module, or `special_ids` are no ids.
         ValueError: `embeddings` is no module of `model`, or `model` is compiled: its hooks would be skipped.
     """
 
@@ -84,7 +87,13 @@ class Classifier:
         mask_id: int | None = None,
         special_ids: Iterable[int] = (),
     ):
-        self.model, self.mask_id, self.special_ids = model, mask_id, tuple(special_ids)
+        if not callable(model):
+            raise TypeError(f"model is of type {type(model).__name__}; a model or another function is needed")
+        if embeddings is not None:
+            check_type("embeddings", embeddings, nn.Module)
+        if mask_id is not None:
+            check_whole("mask_id", mask_id, 0)
+        self.model, self.mask_id, self.special_ids = model, mask_id, as_ids(special_ids)
         self._embeddings = _input_embeddings(model) if embeddings is None else embeddings
         if self._embeddings is not None and isinstance(model, nn.Module):
             modules = dict(model.named_modules())
@@ -100,11 +109,13 @@ class Classifier:
         """e (B, L, D) in its graph; nothing above the embeddings runs.
 
         Raises:
+            TypeError, ValueError: for inputs, as `valid_tokens`.
             ValueError: the model offers no embeddings, takes no `inputs_embeds`, or gives vectors of another shape.
             RuntimeError: the embeddings did not run.
         """
+        _check_inputs(inputs)
         if "inputs_embeds" in inputs:
-            return _checked(inputs["inputs_embeds"], inputs)
+            return check_embeddings(inputs["inputs_embeds"], inputs)
 
         def stop(module, args, output):
             raise _Embedded(output)
@@ -113,14 +124,15 @@ class Classifier:
         try:
             self._run(inputs)
         except _Embedded as stopped:
-            return _checked(stopped.args[0], inputs)
+            return check_embeddings(stopped.args[0], inputs)
         finally:
             handle.remove()
         raise RuntimeError(self._ran(0))
 
     def logits(self, inputs: Inputs, embeddings: Tensor | None = None, draws: Draws | None = None) -> Tensor:
         """z (B, C): the logits of the inputs, or of `embeddings` (B, L, D) in the place of theirs. Dropout above the
-        embeddings is drawn anew, or as in `draws`."""
+        embeddings is drawn anew, or as in `draws`. Raises as `embed`."""
+        _check_inputs(inputs)
         if embeddings is None:
             return self._logits(inputs)
         if "inputs_embeds" in inputs:
@@ -221,10 +233,14 @@ class Classifier:
 
 
 def valid_tokens(inputs: Inputs) -> Tensor:
-    """(B, L) bool: the tokens that are no padding."""
+    """(B, L) bool: the tokens that are no padding.
+
+    Raises TypeError for inputs that are no mapping of tensors, ValueError where they lack input_ids and inputs_embeds
+    or have other shapes.
+    """
+    given = _check_inputs(inputs)
     if inputs.get("attention_mask") is not None:
         return inputs["attention_mask"] != 0
-    given = inputs.get("inputs_embeds", inputs.get("input_ids"))
     return torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
 
 
@@ -233,7 +249,7 @@ def maskable_tokens(inputs: Inputs, special_ids: Iterable[int]) -> Tensor:
     valid = valid_tokens(inputs)
     if "input_ids" not in inputs:
         return valid
-    for special in special_ids:
+    for special in as_ids(special_ids):
         valid = valid & (inputs["input_ids"] != special)
     return valid
 
@@ -272,9 +288,26 @@ def _takes_embeddings(model: Callable) -> bool:
     return "inputs_embeds" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _checked(embeddings: Tensor, inputs: Inputs) -> Tensor:
+def check_embeddings(embeddings: Tensor, inputs: Inputs) -> Tensor:
+    """They, if they are (B, L, D) for these inputs; else a ValueError."""
     expected = valid_tokens(inputs).shape
     if not isinstance(embeddings, Tensor) or embeddings.dim() != 3 or embeddings.shape[:2] != expected:
         found = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
         raise ValueError(f"the embeddings are {found}; a vector for each token is needed, {(*expected, 'D')}")
     return embeddings
+
+
+def _check_inputs(inputs: Inputs) -> Tensor:
+    """input_ids (B, L) or inputs_embeds (B, L, D), whichever is given; errors as `valid_tokens`."""
+    needed = "input_ids (B, L) or inputs_embeds (B, L, D)"
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs is of type {type(inputs).__name__}; a mapping with {needed} is needed")
+    for name, dimensions in (("inputs_embeds", 3), ("input_ids", 2)):
+        if name in inputs:
+            check_type(name, inputs[name], Tensor, ': tokenizer(..., return_tensors="pt")')
+            if inputs[name].dim() != dimensions:
+                raise ValueError(f"{name} is {tuple(inputs[name].shape)}; {needed} is needed")
+            if inputs.get("attention_mask") is not None:
+                check_mask("attention_mask", inputs["attention_mask"], inputs[name].shape[:2])
+            return inputs[name]
+    raise ValueError(f"inputs holds {', '.join(map(str, inputs)) or 'nothing'}; {needed} is needed")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
+_SHOWN = 12  # characters of a digest
+_NOTHING = "nothing"
 
 
 @dataclass(frozen=True)
@@ -27,21 +29,32 @@ class Fingerprint:
         tokenizer: of the tokenizer, by `of_tokenizer`.
         data: of the tokenized examples in their order, by `of_data`.
         settings: what was computed and how, as JSON values; compared by value, so that a message can name the key.
+        examples, longest: how many examples the data has, and the tokens of the longest: words for a message, compared
+            by the digest. None where they are not known.
     """
 
     teacher: str
     tokenizer: str
     data: str
     settings: dict[str, Any]
+    examples: int | None = None
+    longest: int | None = None
 
     @staticmethod
     def of(teacher: nn.Module | str | Path | None, tokenizer, data, settings: Mapping[str, Any]) -> Fingerprint:
         """teacher: the model, or the folder it was saved to: both have one fingerprint, and of a folder only the bytes
         are read; None is one that is still to come. tokenizer: one of transformers. data: rows with `COLUMNS`, a
-        datasets.Dataset or mapping of lists."""
-        plain = json.loads(json.dumps(dict(settings), sort_keys=True))
+        datasets.Dataset or mapping of lists.
+
+        Raises TypeError for settings that are no JSON values, ValueError as `of_weights` and `of_data`."""
+        try:
+            plain = json.loads(json.dumps(dict(settings), sort_keys=True))
+        except TypeError as error:
+            raise TypeError(f"settings of a fingerprint must be JSON values: {error}") from error
         weights = "" if teacher is None else of_weights(teacher)
-        return Fingerprint(weights, of_tokenizer(tokenizer), of_data(data), plain)
+        digest = of_data(data)
+        lengths = [len(ids) for ids in data["input_ids"][:]]
+        return Fingerprint(weights, of_tokenizer(tokenizer), digest, plain, len(lengths), max(lengths, default=0))
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -57,24 +70,21 @@ class Fingerprint:
     def differences(self, other: Fingerprint) -> list[str]:
         """What differs, in words; empty for equal ones. `self` is the stored one, whose settings may say more; an
         `other` of a teacher that is still to come agrees with any."""
-        words = {"teacher": "the teacher (its weights)", "tokenizer": "the tokenizer", "data": "the data"}
-        found = [
-            f"{words[field.name]}: {getattr(self, field.name)[:12]} is stored, {getattr(other, field.name)[:12]} given"
-            for field in fields(self)
-            if field.name in words and getattr(other, field.name) not in ("", getattr(self, field.name))
-        ]
+        found = []
+        for words, name in (("the teacher (its weights)", "teacher"), ("the tokenizer", "tokenizer")):
+            pair = getattr(self, name), getattr(other, name)
+            if pair[1] not in ("", pair[0]):
+                found.append(f"{words}: {pair[0][:_SHOWN]} is stored, {pair[1][:_SHOWN]} given")
+        if self.data != other.data:
+            found.append(f"the data: {_data_words(self, other)}")
         for key in sorted(other.settings):
-            pair = [part.settings.get(key, "nothing") for part in (self, other)]
-            if pair[0] != pair[1]:
-                found.append(f"{key}: {pair[0]} is stored, {pair[1]} given")
+            found += _changed(self.settings.get(key, _NOTHING), other.settings[key], key)
         return found
 
-    def check(self, expected: Fingerprint, path) -> None:
+    def check(self, expected: Fingerprint, path, advice: str = "Delete it, or name another file") -> None:
         """Raise a ValueError where this is not what the file at `path` should belong to."""
         if differences := self.differences(expected):
-            raise ValueError(
-                f"{path} belongs to something else; {'; '.join(differences)}. Delete it to have it computed anew"
-            )
+            raise ValueError(f"{path} belongs to something else; {'; '.join(differences)}. {advice}")
 
 
 def of_weights(teacher: nn.Module | str | Path) -> str:
@@ -119,6 +129,37 @@ def of_data(data) -> str:
         for part in (name.encode(), lengths.tobytes(), flat.tobytes()):
             digest.update(part)
     return digest.hexdigest()
+
+
+def of_batches(batches: Iterable[Mapping[str, Any]]) -> str:
+    """Digest of the tensors of padded batches, in their order."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            if isinstance(tensor, Tensor):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _data_words(stored: Fingerprint, given: Fingerprint) -> str:
+    """How the data of both, which is not the same, differs."""
+    digests = stored.data[:_SHOWN], given.data[:_SHOWN]
+    if None in (stored.examples, given.examples):
+        return "{} is stored, {} given".format(*digests)
+    sizes = [f"{part.examples} examples of at most {part.longest} tokens" for part in (stored, given)]
+    if sizes[0] != sizes[1]:
+        return "{} are stored, {} given (digests {} and {})".format(*sizes, *digests)
+    return "both have {}, but other ones or another order ({} is stored, {} given)".format(sizes[0], *digests)
+
+
+def _changed(stored, given, key: str) -> Iterator[str]:
+    """What differs of two settings, by the whole path of its key."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for name in sorted({**stored, **given}):
+            yield from _changed(stored.get(name, _NOTHING), given.get(name, _NOTHING), f"{key}.{name}")
+    elif stored != given:
+        yield f"{key}: {stored} is stored, {given} given"
 
 
 def _named(teacher: nn.Module | str | Path):

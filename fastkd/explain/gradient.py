@@ -19,10 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastkd.explain.classifier import BASELINES, Classifier, Draws, Inputs, Watched, rows_of, valid_tokens
+from fastkd.explain.arguments import check_type, check_whole
+from fastkd.explain.classifier import BASELINES, Classifier, Draws, Inputs, Watched, check_embeddings, rows_of
 from fastkd.explain.scores import check_norm, length, normalise, on_tokens
 from fastkd.explain.second_order import twice_differentiable
-from fastkd.explain.target import Target, check_score, class_scores, single, target_classes
+from fastkd.explain.target import Target, check_explained, check_score, class_scores, single, target_classes
 
 METHODS = ("saliency", "gradient_x_input", "integrated_gradients")
 REDUCTIONS = ("norm", "sum")
@@ -56,8 +57,7 @@ class GradientSettings:
                 raise ValueError(f"{name}={getattr(self, name)!r}; allowed are {', '.join(allowed)}")
         check_score(self.score)
         check_norm(self.norm)
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps={self.steps}; integrated gradients need a whole number of steps, 1 at least")
+        check_whole("steps", self.steps)
         if self.method != "integrated_gradients" and (self.steps, self.baseline) != (1, "zero"):
             raise ValueError(
                 f"method={self.method!r} has no steps={self.steps} and baseline={self.baseline!r}; "
@@ -140,16 +140,21 @@ def gradient_attribution(
             their graphs, which stay. The scores then need no forward of their own, only a backward to the embeddings.
             With `create_graph` that forward must have run within `twice_differentiable`. For methods of one step.
 
-    Raises ValueError for a model that offers no embeddings, a target out of range, and watched forwards where there
-    are several steps.
+    Raises, all but the last before anything runs:
+        TypeError: a model in the place of its `Classifier`, inputs that are no mapping of tensors, a target that is
+            neither a text nor a tensor, a mapping in the place of `GradientSettings`.
+        ValueError: inputs or a target of another shape, a batch_size below 1, watched forwards where there are several
+            steps, or of other inputs; a model that offers no embeddings; a target out of range.
     """
+    check_type("settings", settings, GradientSettings)
+    valid = check_explained(classifier, inputs, target, batch_size)
     with torch.enable_grad(), twice_differentiable() if create_graph else nullcontext():
         if watched is None:
-            before = Draws(valid_tokens(inputs).device)
+            before = Draws(valid.device)
             embeddings = classifier.embed(inputs)
             embeddings = with_gradient(embeddings if create_graph else embeddings.detach())
         else:
-            seen = check_watched(watched, settings)
+            seen = check_watched(watched, settings, inputs)
             embeddings, before = seen.embeddings, seen.before
         baseline = classifier.baseline(inputs, settings.baseline, embeddings, before)
         if watched is None:
@@ -159,7 +164,7 @@ def gradient_attribution(
             )  # fmt: skip
         else:
             gradient, _ = gradient_of_watched(watched, settings, target, create_graph=create_graph)
-        scores = scores_of(settings, gradient, embeddings, baseline, valid_tokens(inputs))
+        scores = scores_of(settings, gradient, embeddings, baseline, valid)
     scores = scores if create_graph else scores.detach()
     return scores[:, 0] if single(target) else scores
 
@@ -184,19 +189,22 @@ def mean_gradient(
         if classes is None:
             classes = target_classes(logits[: len(embeddings)], target)  # the path begins at the embeddings themselves
         steps = len(points) // len(embeddings) if len(embeddings) else 1
-        scores = class_scores(logits, classes.repeat(steps, 1), settings.score)
-        gradients = gradients_of(scores, points, create_graph)
+        gradients = gradients_of_classes(logits, classes.repeat(steps, 1), settings.score, points, create_graph)
         total = total + gradients.unflatten(0, (steps, len(embeddings))).sum(0)
     return total / settings.steps, classes
 
 
-def check_watched(watched: tuple[Watched, Tensor], settings: GradientSettings) -> Watched:
-    """What was seen of a forward that can serve the explanation; a ValueError where it cannot."""
+def check_watched(watched: tuple[Watched, Tensor], settings: GradientSettings, inputs: Inputs) -> Watched:
+    """What was seen of a forward that can serve the explanation; a ValueError where it cannot, a TypeError where it is
+    no pair of what was seen and logits."""
     if settings.steps != 1:
         raise ValueError(f"steps={settings.steps} need passes of their own: a watched forward is one step")
+    if not isinstance(watched, tuple) or len(watched) != 2 or not isinstance(watched[0], Watched):
+        raise TypeError("watched: a pair is needed, what classifier.watch() gave and the logits of that forward")
     seen, _ = watched
     if seen.embeddings is None:
         raise ValueError("watched: no forward of the model ran inside classifier.watch()")
+    check_embeddings(seen.embeddings, inputs)
     return seen
 
 
@@ -206,8 +214,29 @@ def gradient_of_watched(
     """`mean_gradient` of one step, whose forward has run; its graph stays."""
     seen, logits = watched
     classes = target_classes(logits, target)
-    scores = class_scores(logits, classes, settings.score)
-    return gradients_of(scores, seen.embeddings, create_graph, keep_graph=True), classes
+    gradients = gradients_of_classes(logits, classes, settings.score, seen.embeddings, create_graph, keep_graph=True)
+    return gradients, classes
+
+
+def gradients_of_classes(
+    logits: Tensor, classes: Tensor, score: str, points: Tensor, create_graph: bool = False, keep_graph: bool = False
+) -> Tensor:
+    """∂f/∂points of the scores f (B, K) of the classes, (B, K, L, D); logits (B, C).
+
+    Log-probabilities of all C classes take C - 1 backwards: with d_k = ∂(z_k - z_r)/∂points of the classes k other than
+    r, ∂ log p_c = Σ_k (1[k = c] - p_k) d_k. r is the class with the largest logit, so that no 1 - p_k is a small
+    difference.
+    """
+    if score != "log_probability" or not 1 < classes.shape[1] == logits.shape[1]:
+        return gradients_of(class_scores(logits, classes, score), points, create_graph, keep_graph)
+    likeliest = logits.detach().argmax(1, keepdim=True)
+    others = (likeliest + torch.arange(1, logits.shape[1], device=logits.device)) % logits.shape[1]
+    apart = logits.gather(1, others) - logits.gather(1, likeliest)
+    gradients = gradients_of(apart, points, create_graph, keep_graph)
+    with torch.autocast(logits.device.type, enabled=False):
+        shares = logits.to(gradients.dtype).softmax(1).gather(1, others)
+        weights = (classes[..., None] == others[:, None]).to(gradients.dtype) - shares[:, None]
+        return torch.einsum("bck,bkld->bcld", weights, gradients)
 
 
 def gradients_of(scores: Tensor, points: Tensor, create_graph: bool = False, keep_graph: bool = False) -> Tensor:

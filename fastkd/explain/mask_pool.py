@@ -22,6 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastkd.explain.arguments import as_mask, check_positive, check_type, check_whole, is_number
+
 KINDS = ("lime", "kernel_shap")
 _FEWEST = 4  # masks: all, none and a pair
 
@@ -51,26 +53,34 @@ class MaskPool:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "keep", tuple(self.keep))  # a list, from YAML
+        if isinstance(self.keep, list):  # from YAML
+            object.__setattr__(self, "keep", tuple(self.keep))
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r}; allowed are {', '.join(KINDS)}")
-        if self.samples < _FEWEST:
-            raise ValueError(f"samples={self.samples}; {_FEWEST} masks at least are needed")
-        if len(self.keep) != 2 or not 0 <= self.keep[0] <= self.keep[1] <= 1:
-            raise ValueError(f"keep={self.keep}; two shares of kept tokens are needed, as in (0.5, 0.9)")
+        check_whole("samples", self.samples, _FEWEST)
+        check_whole("seed", self.seed, 0)
+        if not _are_shares(self.keep):
+            raise ValueError(f"keep={self.keep!r}; two shares of kept tokens are needed, as in (0.5, 0.9)")
         for name in ("width", "ridge"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be positive")
+            check_positive(name, getattr(self, name))
 
     def of(self, tokens: int) -> "LengthPool":
-        """The pool for sequences with so many tokens to mask, made once."""
+        """The pool for sequences with so many tokens to mask, made once. Raises ValueError for what is no
+        number of tokens."""
+        check_whole("tokens", tokens, 0)
         return _pool(self, tokens)
 
     def spread(self, maskable: Tensor, which: Tensor | None = None) -> Tensor:
-        """(B, S, L) bool, the masks laid over the maskable tokens (B, L); all other tokens are kept.
+        """(B, S, L) bool, the masks laid over the maskable tokens (B, L), those that are not zero; all other tokens are
+        kept.
 
         which: (B, M) int64, the numbers of the masks that each sequence gets; by default all, in order.
+
+        Raises TypeError for what is no tensor, ValueError for another shape and for masks that the pool does not have.
         """
+        maskable = as_mask("maskable", maskable)
+        if which is not None:
+            self._check_which(which, len(maskable))
         count = self.samples if which is None else which.shape[1]
         kept = torch.ones(len(maskable), count, maskable.shape[1], dtype=torch.bool, device=maskable.device)
         for tokens, rows, places in _by_length(maskable):
@@ -81,7 +91,15 @@ class MaskPool:
 
     def scores(self, outputs: Tensor, maskable: Tensor) -> Tensor:
         """a (B, L) of scores f (B, S) under the masks of `spread(maskable)`, or (B, K, L) of (B, K, S), differentiable;
-        0 at tokens that cannot be masked. Raises ValueError for outputs of another number of masks."""
+        0 at tokens that cannot be masked. Raises TypeError for what is no tensor, ValueError for outputs of another
+        number of masks or sequences."""
+        maskable = as_mask("maskable", maskable)
+        check_type("outputs", outputs, Tensor)
+        if outputs.dim() not in (2, 3) or (outputs.shape[0], outputs.shape[-1]) != (len(maskable), self.samples):
+            raise ValueError(
+                f"outputs {tuple(outputs.shape)} do not belong to this mask pool: {self.samples} masks for each of "
+                f"{len(maskable)} sequences are needed"
+            )
         flat = outputs if outputs.dim() == 3 else outputs[:, None]
         found = flat.new_zeros(len(maskable), flat.shape[1], maskable.shape[1])
         for tokens, rows, places in _by_length(maskable):
@@ -89,6 +107,15 @@ class MaskPool:
             here = torch.zeros_like(found[rows]).scatter(2, places[:, None].expand_as(values), values)
             found = found.index_copy(0, rows, here)
         return found if outputs.dim() == 3 else found[:, 0]
+
+    def _check_which(self, which: Tensor, batch: int) -> None:
+        check_type("which", which, Tensor)
+        if which.dim() != 2 or len(which) != batch or which.is_floating_point() or which.dtype == torch.bool:
+            raise ValueError(f"which is {which.dtype} of shape {tuple(which.shape)}; integers ({batch}, M) are needed")
+        if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < self.samples:
+            raise ValueError(
+                f"which names the masks {int(which.min())} to {int(which.max())}; the pool has 0 to {self.samples - 1}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +135,9 @@ class LengthPool:
         return outputs @ self.solve.to(outputs.device, outputs.dtype).T
 
     def spread(self, maskable: Tensor) -> Tensor:
-        """(B, S, L) bool, the masks laid over sequences that all have n maskable tokens. Raises ValueError where one
-        has another number of them."""
+        """(B, S, L) bool, the masks laid over sequences that all have n maskable tokens, those that are not zero.
+        Raises TypeError for what is no tensor, ValueError where a sequence has another number of them."""
+        maskable = as_mask("maskable", maskable)
         counts = maskable.sum(1)
         wrong = (counts != self.masks.shape[1]).nonzero()
         if len(wrong):
@@ -123,6 +151,11 @@ class LengthPool:
         return kept
 
 
+def _are_shares(keep) -> bool:
+    pair = isinstance(keep, tuple) and len(keep) == 2 and all(map(is_number, keep))
+    return pair and 0 <= keep[0] <= keep[1] <= 1
+
+
 def _by_length(maskable: Tensor):
     """(n, rows with n maskable tokens, their places (R, n)) for every n that occurs."""
     counts = maskable.sum(1)
@@ -133,8 +166,6 @@ def _by_length(maskable: Tensor):
 
 @functools.lru_cache(maxsize=4096)
 def _pool(pool: MaskPool, tokens: int) -> LengthPool:
-    if tokens < 0:
-        raise ValueError(f"a mask pool for {tokens} tokens")
     if tokens == 0:
         return LengthPool(torch.ones(pool.samples, 0, dtype=torch.bool), torch.zeros(0, pool.samples))
     draw = torch.Generator().manual_seed(pool.seed * 1_000_003 + tokens)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd.explain.classifier import Classifier, Inputs, rows_of, valid_tokens
+from fastkd.explain.arguments import as_mask, check_type
+from fastkd.explain.classifier import Classifier, Inputs, check_embeddings, rows_of, valid_tokens
 from fastkd.explain.mask_pool import MaskPool
 from fastkd.explain.scores import check_norm, normalise
-from fastkd.explain.target import Target, check_score, class_scores, single, target_classes
+from fastkd.explain.target import Target, check_explained, check_score, class_scores, single, target_classes
 
 
 def masked_logits(
@@ -26,10 +27,16 @@ def masked_logits(
 ) -> Tensor:
     """z (B, S, C), the logits under S masks for each sequence, differentiable where gradients are on.
 
-    kept: (B, S, L) bool or a float in [0, 1], 1 where a token stays.
+    kept: (B, S, L), nonzero where a token stays; or floats in [0, 1].
     batch_size: masked sequences of one forward at most.
     embeddings: (B, L, D), those of `inputs` where they are known, such as from `Classifier.watch`.
+
+    Raises, before anything runs, TypeError for a model in the place of its `Classifier` and for what is no tensor,
+    ValueError for masks or embeddings of another shape and a batch_size below 1.
     """
+    kept = _checked_masks(kept, check_explained(classifier, inputs, batch_size=batch_size))
+    if embeddings is not None:
+        check_embeddings(embeddings, inputs)
     batch, masks, _ = kept.shape
     embeddings = classifier.embed(inputs) if embeddings is None else embeddings
     rows = torch.arange(batch, device=embeddings.device).repeat_interleave(masks)
@@ -52,8 +59,9 @@ def occlusion(
     """a_i = f(x) - f(x without token i): (B, L), or (B, C, L) for every class; 0 at special tokens and padding.
 
     Arguments as `GradientSettings` and `gradient_attribution`; as many rows run as there are tokens to take away.
-    Raises ValueError for a model that offers no embeddings and a target out of range.
+    Raises as `gradient_attribution`.
     """
+    check_explained(classifier, inputs, target, batch_size)
     check_score(score)
     check_norm(norm)
     maskable = classifier.maskable(inputs)
@@ -86,9 +94,13 @@ def linear_explanation(
     """LIME or KernelSHAP over a fixed pool: (B, L), or (B, C, L) for every class; 0 at special tokens and padding.
 
     Differentiable where gradients are on: a fixed linear map of S ordinary forwards. Arguments as `masked_logits` and
-    `explanation_of_logits`; S forwards of B sequences, `batch_size` of them at once.
+    `explanation_of_logits`; S forwards of B sequences, `batch_size` of them at once. Raises as `gradient_attribution`,
+    and TypeError for what is no `MaskPool`.
     """
+    check_explained(classifier, inputs, target, batch_size)
+    check_type("pool", pool, MaskPool)
     check_score(score)
+    check_norm(norm)
     maskable = classifier.maskable(inputs)
     logits = masked_logits(classifier, inputs, pool.spread(maskable), baseline=baseline, batch_size=batch_size)
     return explanation_of_logits(logits, pool, maskable, target=target, score=score, norm=norm)
@@ -106,8 +118,13 @@ def explanation_of_logits(
     """`linear_explanation` of logits (B, S, C) that `masked_logits` has given for `pool.spread(maskable)`, such as
     stored ones of a teacher. The class "predicted" is that of the first mask, which keeps every token.
 
-    Raises ValueError for logits of another pool and a target out of range.
+    maskable: (B, L), nonzero at the tokens that could be masked.
+
+    Raises TypeError for what is no tensor or no pool, ValueError for logits of another pool and a target out of range.
     """
+    check_type("logits", logits, Tensor)
+    check_type("pool", pool, MaskPool)
+    maskable = as_mask("maskable", maskable)
     check_norm(norm)
     if logits.dim() != 3 or logits.shape[:2] != (len(maskable), pool.samples):
         raise ValueError(
@@ -119,6 +136,18 @@ def explanation_of_logits(
     outputs = chosen.unflatten(0, logits.shape[:2]).transpose(1, 2)
     scores = normalise(pool.scores(outputs, maskable), norm)
     return scores[:, 0] if single(target) else scores
+
+
+def _checked_masks(kept: Tensor, valid: Tensor) -> Tensor:
+    """kept (B, S, L), bool or floats, where it is of these tokens (B, L)."""
+    check_type("kept", kept, Tensor)
+    batch, tokens = valid.shape
+    if kept.dim() != 3 or kept.shape[::2] != valid.shape:
+        raise ValueError(
+            f"kept is {tuple(kept.shape)}; ({batch}, S, {tokens}) is needed, S masks of {tokens} tokens for each of "
+            f"{batch} sequences"
+        )
+    return kept if kept.is_floating_point() else kept != 0
 
 
 def replaced(embeddings: Tensor, baseline: Tensor, kept: Tensor) -> Tensor:

@@ -11,18 +11,27 @@ What is stored at the end is hard: the k largest w.
 import torch
 from torch import Tensor
 
+from fastkd.explain.arguments import as_mask, check_positive, check_share, check_type
+
 
 def chosen_counts(maskable: Tensor, ratio: float) -> Tensor:
-    """(B,) int64, k = ceil(ratio · n) of the n maskable tokens (B, L). Raises ValueError for a ratio outside (0, 1]."""
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio={ratio}; the share of selected tokens must lie in (0, 1]")
+    """(B,) int64, k = ceil(ratio · n) of the n maskable tokens (B, L), bool. Raises ValueError for a ratio that is not
+    in (0, 1]."""
+    check_share("ratio", ratio)
     # A ratio such as 0.1 is a little more than a tenth: of 30 tokens 3 are meant, not 4.
     return (maskable.sum(1).double() * ratio - 1e-9).ceil().long()
 
 
 def relaxed_top_k(logits: Tensor, maskable: Tensor, ratio: float, temperature: float) -> Tensor:
     """v (B, L) in [0, 1], drawn with torch's generator and differentiable in the logits (B, L); 1 at tokens that are
-    not maskable, which are always kept."""
+    not maskable, which are always kept.
+
+    maskable: (B, L), nonzero at the tokens that may be selected. ratio: share of them, in (0, 1]. temperature: t > 0.
+
+    Raises TypeError for what is no tensor, ValueError for another shape, ratio or temperature.
+    """
+    check_positive("temperature", temperature)
+    maskable = _maskable(logits, maskable)
     counts = chosen_counts(maskable, ratio)
     draws = int(counts.max()) if len(counts) else 0
     if not draws:
@@ -39,10 +48,16 @@ def relaxed_top_k(logits: Tensor, maskable: Tensor, ratio: float, temperature: f
 
 def hard_top_k(logits: Tensor, maskable: Tensor, ratio: float) -> Tensor:
     """(B, L) bool: the k tokens with the largest logits, of equal ones the first; also the tokens that are not
-    maskable, which are always kept (padding among them)."""
+    maskable, which are always kept (padding among them). Arguments and errors as `relaxed_top_k`."""
+    maskable = _maskable(logits, maskable)
     counts = chosen_counts(maskable, ratio)
     ranked = logits.masked_fill(~maskable, -torch.inf).argsort(stable=True, dim=1, descending=True)
     rank = torch.empty_like(ranked).scatter_(
         1, ranked, torch.arange(logits.shape[1], device=logits.device).expand_as(ranked)
     )
     return (rank < counts[:, None]) | ~maskable
+
+
+def _maskable(logits: Tensor, maskable: Tensor) -> Tensor:
+    check_type("logits", logits, Tensor)
+    return as_mask("maskable", maskable, logits.shape)

@@ -9,14 +9,18 @@ The teacher gets no gradient.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from fastkd.explain.arguments import check_batches, check_positive, check_share, check_type, check_whole
 from fastkd.explain.classifier import BASELINES, Classifier, Inputs, valid_tokens
 from fastkd.explain.perturbation import replaced
-from fastkd.explain.selection import chosen_counts, hard_top_k, relaxed_top_k
+from fastkd.explain.selection import hard_top_k, relaxed_top_k
+from fastkd.explain.target import check_explained
 from fastkd.losses import soft_label_loss
 
 
@@ -32,6 +36,8 @@ class SelectorSettings:
         learning_rate: of Adam.
         epochs: passes over the batches.
         seed: of the selector's parameters and of the draws.
+
+    Raises ValueError for settings outside their ranges.
     """
 
     ratio: float = 0.3
@@ -43,15 +49,14 @@ class SelectorSettings:
     seed: int = 0
 
     def __post_init__(self):
-        chosen_counts(torch.ones(1, 1), self.ratio)
+        check_share("ratio", self.ratio)
         if self.baseline not in BASELINES:
             raise ValueError(f"baseline={self.baseline!r}; allowed are {', '.join(BASELINES)}")
         for name in ("temperature", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be positive")
+            check_positive(name, getattr(self, name))
         for name in ("hidden", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; 1 at least is needed")
+            check_whole(name, getattr(self, name))
+        check_whole("seed", self.seed, 0)
 
 
 class Selector(nn.Module):
@@ -82,23 +87,34 @@ class Selector(nn.Module):
 
     @torch.no_grad()
     def _logits(self, classifier: Classifier, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        return self(classifier.embed(inputs), valid_tokens(inputs)), classifier.maskable(inputs)
+        valid = check_explained(classifier, inputs)
+        return self(classifier.embed(inputs), valid), classifier.maskable(inputs)
 
 
 def train_selector(
     teacher: Classifier,
     batches: Iterable[Inputs],
     settings: SelectorSettings = SelectorSettings(),
+    *,
+    progress: bool = False,
 ) -> Selector:
     """A selector for the teacher's predictions, trained on batches that can be gone through several times.
 
-    Its steps cost a forward of the teacher, and a forward and a backward to the embeddings.
+    Its steps cost a forward of the teacher, and a forward and a backward to the embeddings. `progress` shows a bar.
 
     Raises:
-        ValueError: no batches, or a loss that is not finite (the step is named).
+        TypeError: a model in the place of its `Classifier`, a single batch, other settings.
+        ValueError: no batches, batches that end after one epoch, or a loss that is not finite (the step is named).
     """
+    check_type("teacher", teacher, Classifier, ": Classifier(model)")
+    check_type("settings", settings, SelectorSettings)
+    check_batches(batches, settings.epochs)
+    total = settings.epochs * length_hint(batches) or None
     selector, optimizer = None, None
-    with torch.random.fork_rng(devices=_cuda_devices()):
+    with (
+        torch.random.fork_rng(devices=_cuda_devices()),
+        tqdm(total=total, desc="selector", unit=" steps", disable=not progress) as bar,
+    ):
         torch.manual_seed(settings.seed)
         for epoch in range(settings.epochs):
             for step, inputs in enumerate(batches):
@@ -115,6 +131,7 @@ def train_selector(
                 optimizer.zero_grad()
                 loss.backward(inputs=list(selector.parameters()))  # and none for the teacher's
                 optimizer.step()
+                bar.update()
     if selector is None:
         raise ValueError("a selector cannot be trained on no batches")
     return selector.eval()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastkd.explain.classifier import Inputs, valid_tokens
+from fastkd.explain.arguments import as_mask
 from fastkd.explain.fingerprint import Fingerprint
 
 _FORMAT = "fastkd.teacher_results"
@@ -54,9 +53,12 @@ class TeacherResults:
         examples: (B,) int64, the rows of the data.
         mask: (B, L), nonzero at tokens, on whichever side the padding is.
 
-        Raises ValueError where the mask has another number of tokens than an example had.
+        Raises ValueError where the mask has another number of tokens than an example had, or there is no such example.
         """
-        examples, valid = examples.cpu(), mask.cpu() != 0
+        examples = self._rows(examples)
+        valid = as_mask("mask", mask).cpu()
+        if len(valid) != len(examples):
+            raise ValueError(f"the mask is of {len(valid)} sequences, {len(examples)} examples are asked for")
         found = valid.sum(1)
         wrong = (found != self.tokens[examples]).nonzero()
         if len(wrong):
@@ -75,7 +77,8 @@ class TeacherResults:
         return batch
 
     def select(self, examples: Tensor) -> TeacherResults:
-        """The results of these examples, (M,) rows of the data, in this order."""
+        """The results of these examples, (M,) rows of the data, in this order. Raises ValueError for other rows."""
+        examples = self._rows(examples)
         places = self._places(examples)
         return dataclasses.replace(
             self,
@@ -84,6 +87,16 @@ class TeacherResults:
             per_token={name: values[places] for name, values in self.per_token.items()},
         )
 
+    def _rows(self, examples: Tensor) -> Tensor:
+        """(M,) on the CPU."""
+        examples = torch.as_tensor(examples, device="cpu")
+        if examples.dim() != 1 or examples.is_floating_point() or examples.dtype == torch.bool:
+            raise ValueError(f"examples are {examples.dtype} of shape {tuple(examples.shape)}; numbers (M,) are needed")
+        bad = examples[(examples < 0) | (examples >= len(self))]
+        if len(bad):
+            raise ValueError(f"there is no example {int(bad[0])}: the results are of {len(self)}, from 0 on")
+        return examples.long()
+
     def _places(self, examples: Tensor) -> Tensor:
         """Where the tokens of these examples lie, one behind the other."""
         counts = self.tokens[examples]
@@ -91,10 +104,14 @@ class TeacherResults:
         return self._starts[examples].repeat_interleave(counts) + within
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the file; one of that name is replaced once the new one is complete.
+        """Write the file, and the folders above it that are missing; one of that name is replaced once the new one is
+        complete.
 
-        Raises ValueError, before anything is written, for values that are NaN or infinite.
+        Raises ValueError, before anything is written, for values that are NaN or infinite and for a path that is a
+        folder.
         """
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder; name a file")
         for name, values in {**self.per_example, **self.per_token}.items():
             if values.is_floating_point() and not values.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinite values; nothing was written")
@@ -102,6 +119,7 @@ class TeacherResults:
         tensors |= {f"token.{name}": values for name, values in self.per_token.items()}
         tensors = {name: values.contiguous() for name, values in (tensors | {_COUNTS: self.tokens}).items()}
         unfinished = Path(f"{path}.unfinished")
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(tensors, unfinished, metadata={"format": _FORMAT, "fingerprint": self.fingerprint.as_json()})
             unfinished.replace(path)
@@ -132,6 +150,8 @@ class TeacherResults:
 
 
 def _read(path: str | os.PathLike) -> tuple[Fingerprint, dict[str, Tensor]]:
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; a file that TeacherResults.save wrote is needed")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -143,73 +163,3 @@ def _read(path: str | os.PathLike) -> tuple[Fingerprint, dict[str, Tensor]]:
     if metadata.get("format") != _FORMAT or _COUNTS not in tensors:
         raise ValueError(f"{path} holds no teacher results")
     return Fingerprint.from_json(metadata["fingerprint"]), tensors
-
-
-def compute_results(
-    batches: Iterable[Inputs],
-    fingerprint: Fingerprint,
-    *,
-    per_example: Mapping[str, Callable[[Inputs], Tensor]],
-    per_token: Mapping[str, Callable[[Inputs], Tensor]],
-    mask: Callable[[Inputs], Tensor] = valid_tokens,
-    dtype: torch.dtype = torch.float16,
-) -> TeacherResults:
-    """Run explainers over the data, once.
-
-        compute_results(
-            loader,
-            fingerprint,
-            per_example={
-                "logits": teacher.logits,
-                "pool_logits": lambda x: masked_logits(teacher, x, pool.spread(teacher.maskable(x))),
-            },
-            per_token={
-                "gradient": lambda x: gradient_attribution(teacher, x, settings),
-                "selected": lambda x: selector.select(teacher, x, ratio),
-            },
-        )
-
-    Args:
-        batches: padded inputs with attention_mask, in the order of the data.
-        per_example: functions that give (B, ...).
-        per_token: functions that give (B, L), or (B, C, L).
-        mask: gives (B, L) bool, what of it is kept: tokens, or words (`fastkd.explain.align`).
-        dtype: floating results are stored in it; normalised scores and logits have room in fp16.
-
-    Raises ValueError as the explainers do, for values that are NaN or infinite (the first example is named), and where
-    `dtype` cannot hold a value.
-    """
-    tokens, examples, each = [], {name: [] for name in per_example}, {name: [] for name in per_token}
-    done = 0
-    for inputs in batches:
-        valid = mask(inputs)
-        tokens.append(valid.sum(1).cpu())
-        with torch.no_grad():
-            for name, explain in per_example.items():
-                examples[name].append(_stored(name, explain(inputs), dtype, done))
-            for name, explain in per_token.items():
-                by_token = _stored(name, explain(inputs), dtype, done).movedim(-1, 1)
-                each[name].append(by_token[valid.cpu()])
-        done += len(valid)
-    if not tokens:
-        raise ValueError("there are no batches to compute results of")
-    return TeacherResults(
-        fingerprint,
-        torch.cat(tokens),
-        {name: torch.cat(parts) for name, parts in examples.items()},
-        {name: torch.cat(parts) for name, parts in each.items()},
-    )
-
-
-def _stored(name: str, values: Tensor, dtype: torch.dtype, first: int) -> Tensor:
-    """On the CPU and in `dtype`; `first` is the number of the batch's first example."""
-    values = values.detach().cpu()
-    if not values.is_floating_point():
-        return values
-    bad = (~values.isfinite()).flatten(1).any(1).nonzero()
-    if len(bad):
-        raise ValueError(f"{name}: example {first + int(bad[0])} has NaN or infinite values; look at the teacher")
-    stored = values.to(dtype)
-    if not stored.isfinite().all():
-        raise ValueError(f"{name}: {dtype} cannot hold values up to {values.abs().max():.4g}; torch.float32 can")
-    return stored

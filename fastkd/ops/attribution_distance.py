@@ -27,6 +27,8 @@ Forward returns the distance and the gradients, with the factors 1/(B n_b) in th
 where upstream is one; in fp16, where they would underflow, backward multiplies by them.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ _SCHEMA = (
     "(Tensor gradient, Tensor? inputs, Tensor teacher, Tensor? mask, bool weighted, str reduce, str norm, str kind,"
     " bool gradient_wanted, bool inputs_wanted) -> (Tensor, Tensor, Tensor)"
 )
-_KERNEL_BACKENDS = ("reference", "cpp", "triton")
+_KERNEL_BACKENDS = ("reference", "cpp", "triton", "cuda")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_KERNEL_DTYPES, torch.float64)
 
@@ -173,18 +175,26 @@ def _cpp_support(device: torch.device, dtype: torch.dtype, width: int) -> str | 
     return backends.cpu_library_missing
 
 
-def _triton_support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    if device.type != "cuda":
-        return f"the Triton kernel runs on CUDA devices, the tensors are on {device.type}"
-    if dtype not in _KERNEL_DTYPES:
-        return f"the Triton kernel takes float32, bfloat16 and float16, not {dtype}"
-    return None if backends.triton_installed else "triton is not installed"
+def _gpu_support(kernel: str, missing: Callable[[], str | None]) -> backends.Support:
+    def support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+        if device.type != "cuda":
+            return f"the {kernel} kernel runs on CUDA devices, the tensors are on {device.type}"
+        if dtype not in _KERNEL_DTYPES:
+            return f"the {kernel} kernel takes float32, bfloat16 and float16, not {dtype}"
+        return missing()
+
+    return support
 
 
 backends.register(
     "attribution_distance",
-    {"reference": lambda device, dtype, width: None, "cpp": _cpp_support, "triton": _triton_support},
-    {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    {
+        "reference": lambda device, dtype, width: None,
+        "cpp": _cpp_support,
+        "triton": _gpu_support("Triton", lambda: None if backends.triton_installed else "triton is not installed"),
+        "cuda": _gpu_support("CUDA", lambda: backends.cuda_library_missing),
+    },
+    {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
 )
 
 
@@ -238,7 +248,7 @@ def attribution_distance(
         reduce: "norm" or "sum" over dimensions; saliency has the norm.
         norm: "l2", "l1", or None: over what a sequence's scores are normalised.
         kind: "l2", "l1" or "smooth_l1", the distance of two scores.
-        backend: "auto", "reference", "cpp", "triton".
+        backend: "auto", "reference", "cpp", "triton", "cuda".
 
     Returns:
         The distance, a scalar, fp32 (fp64 for fp64). NaN where a sequence's is not finite; such a sequence gets no

@@ -72,7 +72,7 @@ def cos_nce_flops(student, *shapes, out_shape=None) -> int:
 
 
 _ATTRIBUTION_DISTANCE = [
-    getattr(torch.ops.fastkd, f"attribution_distance_{name}") for name in ("reference", "cpp", "triton")
+    getattr(torch.ops.fastkd, f"attribution_distance_{name}") for name in ("reference", "cpp", "triton", "cuda")
 ]
 
 

@@ -3,10 +3,10 @@
 A branch is asked in two ways. `of_teacher` gives what is stored, for a batch of the data; `running_teacher` what one
 step needs, from a teacher that runs beside the student; `watched` is its forward that gave the soft labels. `loss` is
 the branch's term of a step, and whether it was finite: where it was not, it is 0 and gives no gradient, without a look
-at the device.
+at the device. What scores and masks belong to, tokens or words, is the batch's `units`.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 import torch
@@ -14,19 +14,17 @@ from torch import Tensor
 
 from fastkd.explain import (
     Classifier,
-    DistanceTo,
     GradientSettings,
     MaskPool,
     Selector,
     SelectorSettings,
     Watched,
-    central_difference,
     distance,
-    gradient_attribution,
     masked_logits,
     rows_of,
 )
 from fastkd.losses import soft_label_loss
+from fastkd.recipes.egkd_units import Tokens, Units, units_of
 
 
 @dataclass
@@ -36,13 +34,14 @@ class Explained:
     Attributes:
         inputs: what the student takes, labels among it.
         teacher: "logits" (B, C) and, under each branch's name, what that branch has of the teacher.
-        example: (B,) int64, rows of the data. masks: (B, S, L) bool, the pool laid over the sequences; None without the
+        example: (B,) int64, rows of the data. masks: (B, S, U) bool, the pool laid over the sequences; None without the
             perturbation branch.
         step: the optimizer step, from 0. stored: whether the teacher's part was read, and not just computed.
         student: the student, under autocast where there is autocast. precise: the same without.
         half: whether autocast is to fp16. The gradient of a score, unlike that of the loss, has no scaler there, and
             would underflow.
         watched: what was seen of the forward that gave the labels' loss, and its logits.
+        units: what scores and masks belong to; U of them are the L tokens, or words.
     """
 
     inputs: dict[str, Tensor]
@@ -55,6 +54,7 @@ class Explained:
     precise: Classifier
     half: bool
     watched: tuple[Watched, Tensor] | None = None
+    units: Units = field(default_factory=Tokens)
 
 
 @dataclass
@@ -85,7 +85,9 @@ class GradientBranch:
 
     def of_teacher(self, teacher: Classifier, inputs: dict, watched: tuple[Watched, Tensor] | None = None) -> Tensor:
         with torch.autocast(inputs["input_ids"].device.type, enabled=False):
-            return gradient_attribution(teacher, inputs, self.settings, target=self.classes(inputs), watched=watched)
+            return units_of(inputs).attribution(
+                teacher, inputs, self.settings, target=self.classes(inputs), watched=watched
+            )
 
     def running_teacher(self, teacher: Classifier, batch: Explained, watched: tuple[Watched, Tensor]) -> Tensor:
         return self.of_teacher(teacher, batch.inputs, watched if self.differentiates_teacher(batch) else None)
@@ -117,7 +119,7 @@ class GradientBranch:
         return self.second_order == "exact" and self.takes_watched(batch)
 
     def loss(self, batch: Explained) -> tuple[Tensor, Tensor]:
-        inputs, wanted, logits = batch.inputs, batch.teacher[self.name], batch.teacher["logits"]
+        inputs, units, wanted, logits = batch.inputs, batch.units, batch.teacher[self.name], batch.teacher["logits"]
         student, watched = self.explained(batch), batch.watched if self.takes_watched(batch) else None
         scale = 1.0
         if (rows := self.rows(batch)) is not None:
@@ -125,21 +127,22 @@ class GradientBranch:
             # Over processes and accumulated batches the sum is what a mean over the explained sequences would be.
             scale = len(rows) / (self.share * count)
             here = torch.tensor(rows, dtype=torch.int64).to(logits.device, non_blocking=True)
-            inputs, wanted, logits = rows_of(inputs, here), wanted[here], logits[here]
+            inputs, units, wanted, logits = rows_of(inputs, here), units.rows(here), wanted[here], logits[here]
             if not rows:
                 return logits.new_zeros(()).float(), torch.ones((), dtype=torch.bool, device=logits.device)
         classes = self.classes(inputs)
         if isinstance(classes, str) and classes == "predicted":
             classes = logits.argmax(1)
         if self.second_order == "exact":
-            scores = gradient_attribution(
+            scores = units.attribution(
                 student, inputs, self.settings, target=classes, create_graph=True, watched=watched
             )
             scores, wanted, usable = _usable(scores, wanted)
-            term = distance(scores, wanted, inputs["attention_mask"], self.distance)
+            term = distance(scores, wanted, units.mask(inputs), self.distance)
         else:
-            apart = DistanceTo(wanted, self.distance)
-            term = central_difference(student, inputs, self.settings, apart, target=classes, watched=watched)
+            term = units.central_difference(
+                student, inputs, self.settings, wanted, self.distance, target=classes, watched=watched
+            )
             usable = term.isfinite()
         return scale * term.masked_fill(~usable, 0), usable
 
@@ -176,7 +179,8 @@ class PerturbationBranch:
         return asdict(self.pool) | {"baseline": self.baseline}
 
     def of_teacher(self, teacher: Classifier, inputs: dict) -> Tensor:
-        kept = self.pool.spread(teacher.maskable(inputs))
+        units = units_of(inputs)
+        kept = units.over_tokens(self.pool.spread(units.maskable(inputs, teacher.special_ids)))
         return masked_logits(teacher, inputs, kept, baseline=self.baseline)
 
     def running_teacher(self, teacher: Classifier, batch: Explained, watched: tuple[Watched, Tensor]) -> Tensor:
@@ -193,7 +197,8 @@ class PerturbationBranch:
 
     def kept(self, batch: Explained) -> Tensor:
         """(B, M, L) bool."""
-        return batch.masks.gather(1, self.which(batch)[..., None].expand(-1, -1, batch.masks.shape[2]))
+        kept = batch.masks.gather(1, self.which(batch)[..., None].expand(-1, -1, batch.masks.shape[2]))
+        return batch.units.over_tokens(kept)
 
     def loss(self, batch: Explained) -> tuple[Tensor, Tensor]:
         logits = _masked(batch, self.kept(batch), self.baseline)
@@ -223,13 +228,14 @@ class SelectionBranch:
         return asdict(self.settings)
 
     def of_teacher(self, teacher: Classifier, inputs: dict) -> Tensor:
-        return self.selector.select(teacher, inputs, self.settings.ratio)
+        return units_of(inputs).selected(self.selector.select(teacher, inputs, self.settings.ratio))
 
     def running_teacher(self, teacher: Classifier, batch: Explained, watched: tuple[Watched, Tensor]) -> Tensor:
         return self.of_teacher(teacher, batch.inputs)
 
     def loss(self, batch: Explained) -> tuple[Tensor, Tensor]:
-        logits = _masked(batch, batch.teacher[self.name][:, None], self.settings.baseline)[:, 0]
+        kept = batch.units.over_tokens(batch.teacher[self.name])
+        logits = _masked(batch, kept[:, None], self.settings.baseline)[:, 0]
         logits, wanted, usable = _usable(logits, batch.teacher["logits"])
         return soft_label_loss(logits, wanted, self.temperature), usable
 

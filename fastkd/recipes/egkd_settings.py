@@ -15,6 +15,10 @@ _NAMES = tuple(branch.name for branch in (GradientBranch, PerturbationBranch, Se
 _MOST_MASKS = 4
 
 
+class SectionError(ValueError):
+    """Of a section within the settings, such as `pool`; the message begins with its name."""
+
+
 @dataclass
 class EgkdConfig(DistillationArguments):
     """Settings of EGKD, beside those of `DistillationArguments`: (1 - λ) CE + λ τ² KL + Σ weight · branch.
@@ -106,19 +110,19 @@ class EgkdConfig(DistillationArguments):
     def explainer(self) -> GradientSettings:
         """Of the gradient branch."""
         defaults = {"score": "log_probability", "norm": "l2"}
-        return from_settings(GradientSettings, defaults | self.gradient, "gradient")
+        return _section(GradientSettings, defaults | self.gradient, "gradient")
 
     @property
     def mask_pool(self) -> MaskPool:
         """Of the perturbation branch."""
-        return from_settings(MaskPool, {"samples": 32} | self.pool, "pool")
+        return _section(MaskPool, {"samples": 32} | self.pool, "pool")
 
     def make_branches(self) -> list[Branch]:
         """Those that weigh something."""
         return [branch for branch in self._all_branches() if branch.name in self.explaining]
 
     def _all_branches(self) -> list[Branch]:
-        selector = from_settings(SelectorSettings, self.selector, "selector")
+        selector = _section(SelectorSettings, self.selector, "selector")
         return [
             GradientBranch(
                 self.explainer, self.target, self.second_order, self.distance, self.explain_share, self.explain_every
@@ -126,3 +130,11 @@ class EgkdConfig(DistillationArguments):
             PerturbationBranch(self.mask_pool, self.masks, self.mask_baseline, self.temperature, self.seed),
             SelectionBranch(selector, self.temperature),
         ]
+
+
+def _section(cls: type, settings: dict, name: str):
+    """As `from_settings`; a SectionError also where the dataclass itself refuses them."""
+    try:
+        return from_settings(cls, settings, name)
+    except ValueError as error:
+        raise SectionError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from error

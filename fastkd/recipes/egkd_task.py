@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from fastkd.explain import Fingerprint, TeacherResults, maskable_tokens, twice_differentiable
+from fastkd.explain import Fingerprint, TeacherResults, WordAlignment, twice_differentiable
 from fastkd.explain.fingerprint import of_tokenizer
 from fastkd.losses import soft_label_loss
 from fastkd.recipes.egkd_branches import Explained, GradientBranch, PerturbationBranch
 from fastkd.recipes.egkd_settings import EgkdConfig
-from fastkd.recipes.egkd_teacher import classifier_of, results_settings, running_teacher, special_ids
+from fastkd.recipes.egkd_teacher import check_units, classifier_of, results_settings, running_teacher, special_ids
+from fastkd.recipes.egkd_units import OF_WORDS, padded, units_of
 from fastkd.recipes.training import DistillationTrainer, NotFiniteError, check_vocabulary
 
 
@@ -27,14 +28,17 @@ class EgkdTrainer(DistillationTrainer):
         args: `EgkdConfig`.
         teacher: `TeacherResults` for the training data, from `teacher_results`: no teacher runs. Or the fine-tuned
             teacher, a model, which then runs at every step.
+        alignment: of the training data, for a student with a tokenizer of its own: words are compared, and `teacher`
+            are results of words. None compares tokens.
         train_dataset, eval_dataset: from `Task.tokenize`.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer, the student's.
 
     Logged beside the loss terms: `explanations_skipped`, batches since the last log whose explanations were not finite.
 
     Raises:
-        ValueError: heads of different labels, results of other data or without a branch's part, labels out of range, a
-            student that offers no embeddings: before anything is loaded to a device.
+        ValueError: heads of different labels, results of other data or without a branch's part, of words for tokens or
+            the reverse, labels out of range, a student that offers no embeddings: before anything is loaded to a
+            device.
         NotFiniteError: as `DistillationTrainer`, and where explanations were not finite `args.max_skipped` times in a
             row.
     """
@@ -46,6 +50,7 @@ class EgkdTrainer(DistillationTrainer):
         *,
         teacher: TeacherResults | PreTrainedModel,
         processing_class,
+        alignment: WordAlignment | None = None,
         train_dataset=None,
         data_collator=None,
         **kwargs,
@@ -54,12 +59,14 @@ class EgkdTrainer(DistillationTrainer):
         running = {} if isinstance(teacher, TeacherResults) else {"teacher": teacher}
         check_vocabulary(processing_class, student=model, **running)
         check_results(model, teacher, train_dataset, args)
-        check_fingerprint(processing_class, teacher, train_dataset, args)
+        check_fingerprint(processing_class, teacher, train_dataset, args, alignment)
         self.branches = args.make_branches()
         self._teacher, self._running, self._explainable = teacher, None, None
         self._skipped: Tensor | None = None  # (3,) on the device: since the last log, in a row, and longest row
         stored = teacher if isinstance(teacher, TeacherResults) else None
         if train_dataset is not None:
+            if alignment is not None:
+                train_dataset = alignment.with_words("student", train_dataset)
             train_dataset = train_dataset.add_column("example", list(range(len(train_dataset))))
         super().__init__(
             model,
@@ -152,7 +159,8 @@ class EgkdTrainer(DistillationTrainer):
             plain = classifier_of(student, self.processing_class)
             precise = plain if forward is None else classifier_of(student, self.processing_class, forward)
             self._explainable = (plain, precise)
-        taken = {name: value for name, value in inputs.items() if name not in ("teacher", "example", "masks")}
+        beside = ("teacher", "example", "masks", *OF_WORDS)
+        taken = {name: value for name, value in inputs.items() if name not in beside}
         return Explained(
             taken,
             given,
@@ -162,6 +170,7 @@ class EgkdTrainer(DistillationTrainer):
             self._stored,
             *self._explainable,
             half=self.args.fp16,
+            units=units_of(inputs),
         )
 
     @torch.no_grad()
@@ -199,7 +208,8 @@ class EgkdTrainer(DistillationTrainer):
             if weight
         )
         if self._stored:
-            lines["teacher"] = f"does not run: results of {len(self._teacher)} examples are stored"
+            of_words = ", of words" if "align" in self._teacher.fingerprint.settings else ""
+            lines["teacher"] = f"does not run: results of {len(self._teacher)} examples are stored{of_words}"
         else:
             lines["teacher"] = "runs at every step"
         for branch in self.branches:
@@ -211,8 +221,7 @@ class EgkdTrainer(DistillationTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "example" not in self._signature_columns:
-            self._signature_columns.append("example")
+        self._signature_columns += [name for name in ("example", "words") if name not in self._signature_columns]
 
 
 class TeacherCollator:
@@ -237,27 +246,45 @@ class TeacherCollator:
         if not numbered:
             return self.pad(rows)
         examples = torch.tensor([row["example"] for row in rows])
-        batch = dict(self.pad([{name: value for name, value in row.items() if name != "example"} for row in rows]))
+        plain = [{name: value for name, value in row.items() if name != "example"} for row in rows]
+        batch = dict(padded(self.pad, plain))
         batch["example"] = examples
+        units = units_of(batch)
         if self.results is not None:
-            batch["teacher"] = self.results.batch(examples, batch["attention_mask"])
+            batch["teacher"] = self.results.batch(examples, units.mask(batch))
         if self.pool is not None:
-            batch["masks"] = self.pool.spread(maskable_tokens(batch, self.special_ids))
+            batch["masks"] = self.pool.spread(units.maskable(batch, self.special_ids))
         return batch
 
 
-def check_fingerprint(tokenizer, teacher: TeacherResults | PreTrainedModel, data, args: EgkdConfig) -> None:
-    """Raise a ValueError where stored results are of another tokenizer, other data, or other settings."""
+def check_fingerprint(
+    tokenizer,
+    teacher: TeacherResults | PreTrainedModel,
+    data,
+    args: EgkdConfig,
+    alignment: WordAlignment | None = None,
+) -> None:
+    """Raise a ValueError where stored results are of another tokenizer, other data, or other settings, or where they
+    and the run are not both of tokens, or both of the words of one alignment."""
     if not isinstance(teacher, TeacherResults):
+        if alignment is not None:
+            raise ValueError(
+                "alignment: words are compared with stored results, teacher=teacher_results(..., alignment=alignment); "
+                "a teacher that runs at every step has the student's tokens"
+            )
         return
-    if teacher.fingerprint.tokenizer != of_tokenizer(tokenizer):
+    stored = teacher.fingerprint
+    check_units(stored, alignment, "teacher")
+    if alignment is None and stored.tokenizer != of_tokenizer(tokenizer):
         raise ValueError(
-            "the stored results are of another tokenizer's tokens; teacher and student need one tokenizer here "
-            "(fastkd.explain.WordAlignment compares explanations on words)"
+            "the stored results are of another tokenizer's tokens; teacher and student need one tokenizer, or an "
+            "alignment of words (fastkd.explain.WordAlignment)"
         )
     if data is not None:
         expected = Fingerprint.of(None, tokenizer, data, results_settings(data, args))
-        if differences := teacher.fingerprint.differences(expected):
+        if alignment is not None:  # the teacher's tokens are others: the alignment knows the student's
+            expected = dataclasses.replace(expected, tokenizer=stored.tokenizer, data=stored.data)
+        if differences := stored.differences(expected):
             raise ValueError(f"the stored results belong to something else; {'; '.join(differences)}")
 
 

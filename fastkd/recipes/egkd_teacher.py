@@ -1,6 +1,10 @@
 """The teacher's side of EGKD: a classifier to explain, and its results, computed once and read back."""
 
 import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,14 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from fastkd.explain import Classifier, Fingerprint, TeacherResults, compute_results, train_selector
+from fastkd.explain import Classifier, Fingerprint, TeacherResults, WordAlignment, compute_results, train_selector
 from fastkd.models.architectures import embeddings_of
 from fastkd.recipes.egkd_branches import Branch, SelectionBranch
 from fastkd.recipes.egkd_settings import EgkdConfig
+from fastkd.recipes.egkd_units import padded, units_of
 from fastkd.recipes.run_folder import load
 from fastkd.recipes.training import LengthGroupedBatches
 
-_TAKEN = ("input_ids", "attention_mask", "token_type_ids", "labels")
+_TAKEN = ("input_ids", "attention_mask", "token_type_ids", "labels", "words")
 
 
 def classifier_of(model: PreTrainedModel, tokenizer, forward=None) -> Classifier:
@@ -60,40 +65,81 @@ def results_settings(data, args: EgkdConfig) -> dict[str, dict]:
 
 
 def teacher_results(
-    teacher: str | Path | PreTrainedModel, tokenizer, data, args: EgkdConfig, path: str | Path
+    teacher: str | Path | PreTrainedModel,
+    tokenizer,
+    data,
+    args: EgkdConfig,
+    path: str | Path,
+    alignment: WordAlignment | None = None,
 ) -> TeacherResults:
     """Logits of the teacher on all of `data`, and what each branch needs of it: read from `path`, or computed and
-    written there where there is no such file.
+    written there where there is no such file. What was stopped goes on where it was: until the file is complete,
+    what is computed so far stands in a folder beside it, PATH.parts.
 
     teacher: the folder of the fine-tuned teacher, or the model. If the file is there, no model is made of the folder.
     data: `Task.tokenize(...)["train"]`, in the order in which the trainer gets it.
+    alignment: of these texts, for a student with another tokenizer: results are of words then. None: of tokens.
 
-    Raises ValueError for a file that belongs to another teacher, tokenizer, data or settings (what differs is named),
-    and for results that are not finite.
+    Raises ValueError for a file that belongs to another teacher, tokenizer, data, alignment or settings (what differs
+    is named), for data that is not the alignment's, and for results that are not finite.
     """
     expected = Fingerprint.of(teacher, tokenizer, data, results_settings(data, args))
+    parts = Path(f"{path}.parts")
+    if alignment is not None:
+        data = alignment.with_words("teacher", data)
     if Path(path).exists():
-        return TeacherResults.load(path, expected)
-    model = teacher if isinstance(teacher, PreTrainedModel) else load(teacher)
-    classifier, branches = running_teacher(model, tokenizer, data, args)
-    batches = batches_of(data, tokenizer, args)
-    results = compute_results(
-        batches,
-        expected,
-        per_example={"logits": classifier.logits} | _explainers(branches, classifier, per_token=False),
-        per_token=_explainers(branches, classifier, per_token=True),
-    ).select(torch.tensor(batches.order).argsort())
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    results.save(path)
+        results = TeacherResults.load(path, expected)
+        check_units(results.fingerprint, alignment, path)
+    else:
+        if alignment is not None:
+            expected = replace(expected, settings=expected.settings | {"align": alignment.digest})
+        model = teacher if isinstance(teacher, PreTrainedModel) else load(teacher)
+        classifier, branches = running_teacher(model, tokenizer, data, args)
+        batches = batches_of(data, tokenizer, args)
+        results = compute_results(
+            batches,
+            expected,
+            per_example={"logits": classifier.logits} | _explainers(branches, classifier, per_token=False),
+            per_token=_explainers(branches, classifier, per_token=True),
+            mask=lambda inputs: units_of(inputs).mask(inputs),
+            parts=parts,
+            progress=_shows_progress(args),
+        ).select(torch.tensor(batches.order).argsort())
+        results.save(path)
+    shutil.rmtree(parts, ignore_errors=True)  # also those of a run that was stopped before it came here
     return results
 
 
-def check_stored(path: str | Path, teacher: str | Path | None, tokenizer, data, args: EgkdConfig) -> None:
+def check_stored(
+    path: str | Path,
+    teacher: str | Path | None,
+    tokenizer,
+    data,
+    args: EgkdConfig,
+    alignment: WordAlignment | None = None,
+) -> None:
     """Raise a ValueError where a file that is there already belongs to something else. A `teacher` that is still to
     come, None, is not looked at."""
     if Path(path).exists():
         expected = Fingerprint.of(teacher, tokenizer, data, results_settings(data, args))
-        TeacherResults.fingerprint_of(path).check(expected, path)
+        advice = "Delete it, or name another file with results="
+        stored = TeacherResults.fingerprint_of(path)
+        stored.check(expected, path, advice)
+        check_units(stored, alignment, path)
+
+
+def check_units(stored: Fingerprint, alignment: WordAlignment | None, what: str | Path) -> None:
+    """Raise a ValueError where results of tokens meet a run on words, or the reverse, or words of another alignment."""
+    held, asked = stored.settings.get("align"), alignment and alignment.digest
+    if held == asked:
+        return
+    if held and asked:
+        raise ValueError(
+            f"{what}: these results are of words by another alignment: of other texts, other tokenizers or another "
+            "max_length"
+        )
+    of, compared = ("words (align=words)", "tokens") if held else ("tokens", "words (align=words)")
+    raise ValueError(f"{what}: these results are of {of}, and this run compares {compared}")
 
 
 def running_teacher(model: PreTrainedModel, tokenizer, data, args: EgkdConfig) -> tuple[Classifier, list[Branch]]:
@@ -102,8 +148,14 @@ def running_teacher(model: PreTrainedModel, tokenizer, data, args: EgkdConfig) -
     branches = args.make_branches()
     for branch in branches:
         if isinstance(branch, SelectionBranch):
-            branch.selector = train_selector(classifier, batches_of(data, tokenizer, args), branch.settings)
+            batches = batches_of(data, tokenizer, args)
+            branch.selector = train_selector(classifier, batches, branch.settings, progress=_shows_progress(args))
     return classifier, branches
+
+
+def _shows_progress(args: EgkdConfig) -> bool:
+    """As the Trainer does."""
+    return args.process_index == 0 and not args.disable_tqdm
 
 
 def _explainers(branches: list[Branch], teacher: Classifier, *, per_token: bool) -> dict:
@@ -117,16 +169,21 @@ def _explainers(branches: list[Branch], teacher: Classifier, *, per_token: bool)
 class batches_of:
     """Padded batches of sequences of equal length or nearly so, on the device; can be gone through again.
 
-    order: the rows of the data, as they come.
+    order: the rows of the data, as they come; by default grouped by length.
     """
 
-    def __init__(self, data, tokenizer, args: EgkdConfig):
+    def __init__(self, data, tokenizer, args: EgkdConfig, order: Sequence[int] | None = None):
         size = args.per_device_eval_batch_size
-        lengths = [len(ids) for ids in data["input_ids"][:]]
-        self.order = list(LengthGroupedBatches(lengths, size, args.seed))
+        if order is None:
+            order = list(LengthGroupedBatches([len(ids) for ids in data["input_ids"][:]], size, args.seed))
+        self.order = order
         taken = data.select_columns([name for name in data.column_names if name in _TAKEN])
-        self._loader = DataLoader(taken, size, sampler=self.order, collate_fn=DataCollatorWithPadding(tokenizer))
+        collate = partial(padded, DataCollatorWithPadding(tokenizer))
+        self._loader = DataLoader(taken, size, sampler=self.order, collate_fn=collate)
         self._device = args.device
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
     def __iter__(self):
         for batch in self._loader:

@@ -34,6 +34,7 @@ class Run:
     """What every step of a run works with.
 
     folder: of the run. configs: of each section of settings. tokens: `Task.tokenize` of the task's splits.
+    student_tokenizer, student_tokens: the student's, which are the teacher's unless the recipe says otherwise.
     """
 
     folder: Path
@@ -41,6 +42,8 @@ class Run:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     tokens: DatasetDict
+    student_tokenizer: PreTrainedTokenizerBase
+    student_tokens: DatasetDict
 
     @property
     def leads(self) -> bool:
@@ -75,6 +78,7 @@ class TaskRecipe:
     """
 
     steps: ClassVar[tuple[str, ...]]
+    student_keys: ClassVar[tuple[str, ...]] = STUDENT_KEYS
 
     teacher: str
     task: str
@@ -96,6 +100,10 @@ class TaskRecipe:
         """The steps by name, nothing of which has run. Raises ValueError for all that would be refused later."""
         raise NotImplementedError
 
+    def student_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """The student's, the teacher's being `tokenizer`. Raises ValueError where the two do not go together."""
+        return tokenizer
+
     def further_results(self, run: Run) -> dict:
         """What stands in results.json beside the metrics of teacher and student, asked once both are finished."""
         return {}
@@ -108,7 +116,10 @@ class TaskRecipe:
             task = load_task(self.task, self.data)
             task = task.hold_out(self.hold_out) if self.hold_out else task
             tokenizer = load_tokenizer(self.teacher, "teacher")
-            run = Run(folder, configs, task, tokenizer, task.tokenize(tokenizer, self.max_length))
+            own = self.student_tokenizer(tokenizer)
+            tokens = task.tokenize(tokenizer, self.max_length)
+            own_tokens = tokens if own is tokenizer else task.tokenize(own, self.max_length)
+            run = Run(folder, configs, task, tokenizer, tokens, own, own_tokens)
             steps = self.prepare(run)
             # Nothing was written so far, and nothing is refused from here on.
             if run.leads:
@@ -122,7 +133,8 @@ class TaskRecipe:
             if name not in finished:
                 step(folder / name)
 
-        metrics = {n: evaluate(load(folder / n), task, run.tokens, tokenizer) for n in ("teacher", "student")}
+        reads = {"teacher": (run.tokens, run.tokenizer), "student": (run.student_tokens, run.student_tokenizer)}
+        metrics = {name: evaluate(load(folder / name), task, *read) for name, read in reads.items()}
         results = metrics | self.further_results(run)
         if run.leads:
             (folder / "results.json").write_text(json.dumps(results, indent=1))
@@ -152,7 +164,7 @@ class TaskRecipe:
 
     def check_student(self) -> None:
         """Raise a ValueError where the section `student` has a key that is unknown, or none for its layers."""
-        check_keys(self.student, STUDENT_KEYS, "student")
+        check_keys(self.student, self.student_keys, "student")
         if "layers" not in self.student:
             raise ValueError("student: layers must be given, e.g. student.layers=3")
 
@@ -174,14 +186,15 @@ class TaskRecipe:
         )
 
 
-def with_head(path: str | Path, task: Task, seed: int = 0):
-    """The pretrained encoder with a fresh head for the task, drawn from `seed`. Raises ValueError if there is none."""
+def with_head(path: str | Path, task: Task, seed: int = 0, argument: str = "teacher"):
+    """The pretrained encoder with a fresh head for the task, drawn from `seed`. Raises ValueError, which names the
+    argument, if there is none."""
     kind = (
         {"problem_type": "regression"}
         if task.regression
         else {"id2label": dict(enumerate(task.label_names)), "label2id": {n: i for i, n in enumerate(task.label_names)}}
     )
-    with torch.random.fork_rng(devices=[]), named_if_missing(path, "teacher"):
+    with torch.random.fork_rng(devices=[]), named_if_missing(path, argument):
         torch.manual_seed(seed)
         return AutoModelForSequenceClassification.from_pretrained(path, num_labels=task.num_labels, **kind)
 

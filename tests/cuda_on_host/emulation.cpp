@@ -101,3 +101,16 @@ extern "C" int product(bool transposed_b, unsigned seed) {
     return wrong;
   });
 }
+
+// Each block waits for those before it, and for `more` or fewer.
+extern "C" int waiting(int more, unsigned seed) {
+  int counter = 0, wrong = 0;
+  for (int64_t block = 0; block < 3; ++block) {
+    wrong |= wrong_values(seed, [&] {
+      wait_until(&counter, static_cast<int>((block + more) * kThreads / 32));
+      barrier();
+      return int{arrive(&counter) / (kThreads / 32) != block};
+    });
+  }
+  return wrong;
+}

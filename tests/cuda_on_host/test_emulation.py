@@ -44,3 +44,8 @@ def test_writing_behind_shared_memory_is_refused(kernels):
 @pytest.mark.parametrize("transposed", [False, True], ids=["by columns", "by rows"])
 def test_products_of_fragments_are_matrix_products(kernels, transposed):
     assert kernels.product(transposed, 0) == 0
+
+
+def test_waiting_for_a_later_block_or_not_for_all_earlier_ones_is_refused(kernels):
+    assert all(kernels.waiting(0, seed) == 0 for seed in SEEDS)
+    assert kernels.waiting(1, 0) == kernels.waiting(-1, 0) == -1

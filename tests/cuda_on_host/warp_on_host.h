@@ -237,6 +237,19 @@ inline T shuffle(T value, int lane) {
   return argument.out;
 }
 
+inline int arrive(int* counter) {
+  shuffle(0, 0); // no lane is behind
+  return shuffle(thread() % 32 == 0 ? (*counter)++ : 0, 0);
+}
+
+// Blocks run one after the other here, and what earlier ones bring has come: a wait for more would depend on a later block,
+// and behind a wait for less there is work that nobody waits for.
+inline void wait_until(const int* counter, int arrived) {
+  if (*counter != arrived) {
+    Block::current().fail("a warp waits for more or for less than earlier blocks bring");
+  }
+}
+
 inline void fail(const char* what) { Block::current().fail(what); }
 
 inline void require_aligned(const void* address, int bytes) {

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -15,6 +16,7 @@ from fastkd.explain import (
     MaskPool,
     TeacherResults,
     WordAlignment,
+    align,
     central_difference,
     check_tokenizers,
     compute_results,
@@ -317,3 +319,41 @@ def test_on_words_too_double_backward_and_central_difference_agree(teacher, stud
     [wanted], [found] = (torch.autograd.grad(loss, weight, retain_graph=True) for loss in (exact, near))
     assert wanted.any()
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+# The data whose tokens are aligned
+
+
+def test_texts_are_encoded_some_at_a_time(wordpiece, bpe, monkeypatch):
+    pairs = TEXTS[::-1]
+    whole = WordAlignment.of(bpe, wordpiece, TEXTS, pairs, max_length=64)
+    monkeypatch.setattr(align, "_AT_ONCE", 2)
+    assert WordAlignment.of(bpe, wordpiece, TEXTS, pairs, max_length=64).digest == whole.digest
+
+
+@pytest.fixture
+def data(bpe):
+    """The teacher's tokens of the texts."""
+    return Dataset.from_dict(dict(bpe(TEXTS, truncation=True, max_length=64)))
+
+
+def test_data_gets_a_column_of_words(alignment, data):
+    found = alignment.with_words("teacher", data)
+    assert found["words"][:] == alignment.teacher and "words" not in data.column_names
+
+
+def test_other_data_than_the_alignments_is_refused(alignment, data, bpe):
+    cut = Dataset.from_dict(dict(bpe(TEXTS, truncation=True, max_length=12)))
+    other = Dataset.from_dict({"input_ids": [ids[::-1] for ids in data["input_ids"]]})
+    for wrong, message in (
+        (data.select([0, 1]), "the teacher's data has 2 examples, the alignment is of 3"),
+        (cut, r"example 0 of the teacher's data has 12 tokens, its alignment \d+: it was cut to another max_length"),
+        (other, "the teacher's data are not the tokens that are aligned"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            alignment.with_words("teacher", wrong)
+
+
+def test_the_digest_knows_the_texts(wordpiece, bpe):
+    one, other = (WordAlignment.of(bpe, wordpiece, [text], max_length=8) for text in ("!", ","))
+    assert (one.teacher, one.student) == (other.teacher, other.student) and one.digest != other.digest

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastkd.explain import consistency
+from fastkd.explain import by_chance, consistency
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
@@ -60,5 +60,28 @@ def test_scores_of_other_shapes_are_refused():
 
 @pytest.mark.parametrize("top", [0.0, 1.2])
 def test_a_share_outside_its_range_is_refused(top):
-    with pytest.raises(ValueError, match="must lie in"):
+    with pytest.raises(ValueError, match=f"top={top}; the share of tokens must lie in"):
         consistency(torch.ones(2, 5), torch.ones(2, 5), MASK, top=top)
+
+
+def test_by_chance_is_the_level_of_unrelated_explanations():
+    """Scores of one sign have a high cosine whatever they are of."""
+    teacher, other = torch.rand(400, 20), torch.rand(400, 20)
+    mask = torch.ones(400, 20)
+    chance, unrelated = by_chance(teacher, mask), consistency(other, teacher, mask)
+    assert chance.cosine == pytest.approx(unrelated.cosine, abs=0.02) and chance.cosine > 0.7
+    assert chance.spearman == pytest.approx(0, abs=0.05)
+    assert chance.overlap == pytest.approx(unrelated.overlap, abs=0.03)
+    assert chance.overlap == pytest.approx(0.2, abs=0.03)
+
+
+def test_chance_shuffles_what_is_compared_alone_and_is_drawn_from_a_seed():
+    teacher = torch.tensor([[1.0, 2.0, 3.0, 4.0, torch.nan], [5.0, torch.nan, torch.nan, torch.nan, torch.nan]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0]])
+    before = teacher.clone()
+    found = [by_chance(teacher, mask, seed=seed) for seed in range(20)]
+    assert torch.equal(teacher.nan_to_num(), before.nan_to_num())
+    assert found[3] == by_chance(teacher, mask, seed=3) and len({one.spearman for one in found}) > 3
+    assert all(one.undefined == 1 for one in found)
+    tied = torch.tensor([[2.0, 2.0, 3.0, 0.0, 0.0]])
+    assert by_chance(tied, torch.tensor([[1, 1, 0, 0, 0]])).undefined == 1

@@ -124,6 +124,30 @@ def test_log_probabilities_have_a_gradient_of_their_own(classifier, batch):
     torch.testing.assert_close(scores, expected)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("scale", [1, 40])
+def test_log_probabilities_of_all_classes_take_a_backward_less(scale, steps, classifier, bert, batch, monkeypatch):
+    """Also of a classifier that is all but certain, and with derivatives of their own."""
+    bert.classifier.weight.data *= scale
+    settings = GradientSettings("integrated_gradients", steps, score="log_probability", norm="l2")
+
+    def scores(target):
+        return gradient_attribution(classifier, batch, settings, target=target, create_graph=True)
+
+    def derivatives(found):
+        weight = torch.linspace(-1, 1, found.numel()).view_as(found).to(found)
+        return torch.autograd.grad((found * weight).sum(), [*bert.parameters()], allow_unused=True)
+
+    expected = torch.stack([scores(torch.full((3,), c)) for c in range(3)], 1)
+    backwards, grad = [], torch.autograd.grad
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", lambda *a, **k: backwards.append(1) or grad(*a, **k))
+        found = scores("all")
+    assert len(backwards) == 2
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(derivatives(found), derivatives(expected))
+
+
 def test_a_regression_is_explained_by_its_score(bert, classifier, batch):
     """The log softmax of a single column would be 0."""
     score = Classifier(Score(bert), bert.bert.embeddings)

@@ -254,7 +254,7 @@ def test_nan_scores_give_a_loss_by_which_the_step_can_be_skipped(classifier, ber
 
 
 def test_a_step_that_is_not_positive_is_refused(classifier, batch):
-    with pytest.raises(ValueError, match="step=0; it must be positive"):
+    with pytest.raises(ValueError, match="step=0; a positive, finite number is needed"):
         central_difference(classifier, batch, GradientSettings(), torch.sum, step=0)
 
 

@@ -159,8 +159,11 @@ def _other_pool(bert, batch):
     [
         (_other_teacher, r"the teacher \(its weights\): \w{12} is stored"),
         (_other_tokenizer, "the tokenizer: "),
-        (_other_data, "the data: "),
-        (_other_pool, "pool: .*'seed': 0.* is stored, .*'seed': 1.* given"),
+        (
+            _other_data,
+            r"the data: both have 3 examples of at most 9 tokens, but other ones or another order \(\w{12} is stored",
+        ),
+        (_other_pool, "; pool.seed: 0 is stored, 1 given. Delete it, or name another file$"),
     ],
 )
 def test_another_fingerprint_is_an_error_that_names_what_differs(tmp_path, bert, batch, results, other, named):
@@ -168,6 +171,31 @@ def test_another_fingerprint_is_an_error_that_names_what_differs(tmp_path, bert,
     with pytest.raises(ValueError, match=named) as caught:
         TeacherResults.load(tmp_path / "results.safetensors", other(bert, batch))
     assert str(caught.value).count("is stored") == 1
+
+
+def test_data_of_another_size_is_told_by_its_size(results, bert, batch):
+    fewer = Fingerprint.of(bert, _tokenizer(), _rows(batch).select([1, 2]), SETTINGS)
+    [said] = results.fingerprint.differences(fewer)
+    assert said.startswith("the data: 3 examples of at most 9 tokens are stored, 2 examples of at most 7 tokens given")
+    unknown = dataclasses.replace(results.fingerprint, examples=None, longest=None)  # as files of before
+    [said] = unknown.differences(fewer)
+    assert said.startswith("the data: ") and "examples" not in said
+    assert not unknown.differences(results.fingerprint)
+
+
+def test_settings_that_are_not_stored_or_not_given_are_named_too(fingerprint):
+    one = dataclasses.replace(fingerprint, settings={"pool": {"seed": 0}})
+    other = dataclasses.replace(fingerprint, settings={"pool": {"samples": 4}, "selector": {"epochs": 1}})
+    assert one.differences(other) == [
+        "pool.samples: nothing is stored, 4 given",
+        "pool.seed: 0 is stored, nothing given",
+        "selector: nothing is stored, {'epochs': 1} given",
+    ]
+
+
+def test_settings_of_a_fingerprint_are_json_values(bert, batch):
+    with pytest.raises(TypeError, match="settings of a fingerprint must be JSON values"):
+        Fingerprint.of(bert, _tokenizer(), _rows(batch), {"pool": POOL})
 
 
 def test_a_file_with_results_of_further_settings_serves_and_tells_its_fingerprint(tmp_path, bert, batch, results):
@@ -207,6 +235,10 @@ def test_a_file_that_was_cut_short_or_is_another_is_refused(tmp_path, results, f
     save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(ValueError, match="holds no teacher results"):
         TeacherResults.load(path, fingerprint)
+    with pytest.raises(ValueError, match=r"is a folder; a file that TeacherResults\.save wrote is needed"):
+        TeacherResults.load(tmp_path, fingerprint)
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        results.save(tmp_path)
     with pytest.raises(FileNotFoundError):
         TeacherResults.load(tmp_path / "none", fingerprint)
 
@@ -230,6 +262,17 @@ def test_a_value_too_large_for_fp16_is_refused(batch, fingerprint):
 def test_an_example_that_was_cut_to_another_length_is_named(batch, results):
     with pytest.raises(ValueError, match="example 0 has 5 tokens here and 9 in the stored results"):
         results.batch(torch.tensor([0]), batch["attention_mask"][:1, :5])
+
+
+@pytest.mark.parametrize("rows", [[3], [-1], [0.5], [[0]]])
+def test_examples_that_there_are_not_are_named(rows, results):
+    with pytest.raises(ValueError, match=r"there is no example|numbers"):
+        results.select(torch.tensor(rows))
+
+
+def test_a_mask_of_other_sequences_is_refused(batch, results):
+    with pytest.raises(ValueError, match="the mask is of 3 sequences, 2 examples are asked for"):
+        results.batch(torch.tensor([0, 1]), batch["attention_mask"])
 
 
 def test_results_of_no_batches_are_refused(fingerprint):

@@ -60,6 +60,11 @@ OPS = [
         "cos_nce", "6cosine", "run_sums total_of_all class_begins totals_of_classes rows scale",
         r"Fp32|Bf16|Fp16|Any|(?<=Li)\d+|wide", ("Fp32", "Bf16", "Fp16", "Any"), lambda of: of.replace("Lb1", "wide"),
     ),
+    Op(
+        "attribution_distance", "11attribution", "distances", r"Fp32|Bf16|Fp16|Any|norm|sum|saliency",
+        ("Fp32", "Bf16", "Fp16", "Any"),
+        lambda of: re.sub(r"FormE(\d)", lambda form: ("norm", "sum", "saliency")[int(form[1])], of),
+    ),
 ]  # fmt: skip
 
 

@@ -80,10 +80,10 @@ REFUSED = {
         ValueError,
         "is not a backend",
     ),
-    "a backend that the op lacks": (
+    "tensors on another device than the backend's": (
         lambda: attribution_distance(G, X, TEACHER, backend="cuda"),
         RuntimeError,
-        "attribution_distance has no cuda implementation",
+        "the CUDA kernel runs on CUDA devices, the tensors are on cpu",
     ),
 }  # fmt: skip
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from fastkd.cli import main
-from fastkd.recipes import EgkdTrainer, FineTuneTrainer, egkd_teacher, run_recipe
+from fastkd.explain import compute
+from fastkd.recipes import EgkdTrainer, FineTuneTrainer, egkd_branches, egkd_teacher, run_recipe
 
 _TRAINERS = {"teacher": FineTuneTrainer, "student": EgkdTrainer}
 ALL = {"gradient": 10.0, "perturbation": 0.5, "selection": 0.5}
@@ -102,7 +104,7 @@ def test_an_interrupted_run_goes_on_to_the_end_of_one_that_was_not(train, steps,
     for name, tensor in state(finished / "student").items():
         assert torch.equal(state(tmp_path / "run" / "student")[name], tensor), name
     said = capsys.readouterr().out
-    assert "student: accuracy" in said and "gradient explanations agree" in said
+    assert "student: accuracy" in said and "gradient explanations agree: cosine" in said and "(by chance" in said
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student")
     assert student.config.num_hidden_layers == 2
     assert student.config.id2label == {0: "negative", 1: "positive"}
@@ -115,6 +117,8 @@ def test_the_results_say_how_alike_teacher_and_student_explain(finished):
     assert set(results["consistency"]) == {"gradient", "perturbation"}
     for found in results["consistency"].values():
         assert found["sequences"] == 96 and -1 <= found["cosine"] <= 1 and 0 <= found["overlap"] <= 1
+        chance = found["by_chance"]
+        assert set(chance) == {"cosine", "spearman", "overlap"} and abs(chance["spearman"]) < 0.2
     page = (finished / "explanations.html").read_text()
     assert page.count("<table>") == 12 and "student" in page and "[CLS]" not in page
 
@@ -144,6 +148,30 @@ def test_without_stored_results_the_teacher_runs_and_the_losses_are_the_same(tra
             assert running[name] == pytest.approx(loss, rel=2e-2, abs=2e-5), name
 
 
+def test_results_that_were_stopped_go_on_where_they_were(train, finished, tmp_path, monkeypatch):
+    """Parts of 64 examples of the 330; the run is stopped in the third."""
+    monkeypatch.setattr(compute, "_OF_A_PART", 64)
+    asked, original = [], egkd_branches.masked_logits
+
+    def masked_logits(*args, **kwargs):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(egkd_branches, "masked_logits", masked_logits)
+    assert train("distil.max_steps=1") == 130
+    folder = tmp_path / "run" / "teacher_results"
+    assert [file.name for file in folder.glob("*/*")] == ["00000.safetensors", "00001.safetensors"]
+    counted = []
+    monkeypatch.setattr(egkd_branches, "masked_logits", lambda *a, **k: counted.append(1) or original(*a, **k))
+    assert train("distil.max_steps=1") == 0
+    one, other = (load_file(run / "teacher_results" / "results.safetensors") for run in (tmp_path / "run", finished))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in other)
+    assert not list(folder.glob("*.parts"))
+    assert len(counted) == 4 + 2  # four of six batches, and the two masked branches of the one step
+
+
 def test_a_file_of_results_serves_other_runs_with_fewer_branches(train, steps, finished):
     shared = f"results={finished / 'teacher_results' / 'results.safetensors'}"
     assert train(shared, "distil.branches={selection: 1.0}", "distil.max_steps=1") == 0
@@ -154,14 +182,20 @@ def test_a_file_of_other_results_is_refused_before_any_work(train, steps, finish
     shared = f"results={finished / 'teacher_results' / 'results.safetensors'}"
     assert train(shared, "distil.pool.seed=3") == 2
     error = capsys.readouterr().err
-    assert "perturbation: {" in error and "'seed': 3" in error and "the teacher" not in error
+    assert "; perturbation.seed: 0 is stored, 3 given. Delete it, or name another file with results=" in error
+    assert "the teacher" not in error
     assert not (tmp_path / "run").exists() and not any(steps.values())
 
 
 def test_a_file_of_another_teacher_is_refused(train, steps, finished, capsys):
     shared = f"results={finished / 'teacher_results' / 'results.safetensors'}"
     assert train(shared, "finetune.max_steps=1") == 2
-    assert "the teacher (its weights)" in capsys.readouterr().err
+    said = capsys.readouterr()
+    first, *_ = said.out.splitlines()
+    assert first.endswith(
+        "results.safetensors is there: its teacher is compared with this run's once that is fine-tuned"
+    )
+    assert "the teacher (its weights)" in said.err and "name another file with results=" in said.err
     assert steps["results"] == steps["student"] == 0
 
 
@@ -179,17 +213,19 @@ def test_overwriting_starts_anew_with_other_results(train, steps, finished, tmp_
         (["distil.branches.lime=1"], "branches: unknown key 'lime'"),
         (["distil.branches.gradient=-1"], "branches: gradient=-1; a weight of 0 or more is needed"),
         (["distil.branches=gradient"], "branches='gradient'; a section `key: value` is needed"),
-        (["distil.gradient.steps=0"], "steps=0; integrated gradients need a whole number of steps, 1 at least"),
-        (["distil.gradient.stepz=2"], "gradient: unknown key 'stepz'; did you mean 'steps'?"),
-        (["distil.gradient.method=attention"], "method='attention'; allowed are saliency"),
+        (["distil.gradient.steps=0"], "distil.gradient: steps=0; a whole number is needed, 1 at least"),
+        (["distil.gradient.stepz=2"], "distil.gradient: unknown key 'stepz'; did you mean 'steps'?"),
+        (["distil.gradient.method=attention"], "distil.gradient: method='attention'; allowed are saliency"),
         (["distil.second_order=double"], "second_order='double'; allowed are exact, central_difference"),
         (["distil.target=gold"], "target='gold'; allowed are predicted, label, all"),
         (["distil.distance=l3"], "distance='l3'; allowed are l1, l2, smooth_l1"),
         (["distil.masks=5"], "masks=5; allowed are 1 to 4"),
-        (["distil.pool.samples=2"], "samples=2; 4 masks at least are needed"),
-        (["distil.pool.keep=[0.9, 0.5]"], "keep=(0.9, 0.5); two shares of kept tokens are needed"),
+        (["distil.pool.samples=2"], "distil.pool: samples=2; a whole number is needed, 4 at least"),
+        (["distil.pool.samples=8.5"], "distil.pool: samples=8.5; a whole number is needed"),
+        (["distil.pool.keep=0.5"], "distil.pool: keep=0.5; two shares of kept tokens are needed"),
+        (["distil.pool.keep=[0.9, 0.5]"], "distil.pool: keep=(0.9, 0.5); two shares of kept tokens are needed"),
         (["distil.mask_baseline=noise"], "mask_baseline='noise'; allowed are zero, mask"),
-        (["distil.selector.ratio=0"], "ratio=0; the share of selected tokens must lie in (0, 1]"),
+        (["distil.selector.ratio=0"], "distil.selector: ratio=0; the share of tokens must lie in (0, 1]"),
         (["distil.soft_weight=1.5"], "soft_weight=1.5; allowed is 0 to 1"),
         (["distil.temperature=0"], "temperature=0; it must be positive"),
         (["distil.explain_after=1"], "explain_after=1; it must lie in [0, 1)"),
@@ -213,6 +249,13 @@ def test_bad_input_is_refused_before_any_work(train, steps, tmp_path, capsys, wo
     assert message in error.splitlines()[-1], error
     assert not (tmp_path / "run").exists()
     assert not any(steps.values())
+
+
+def test_a_folder_is_no_file_of_results(train, steps, tmp_path, capsys):
+    assert train(f"results={tmp_path}") == 2
+    said = capsys.readouterr().err
+    assert f"results={tmp_path} is a folder; name a file, such as results={tmp_path}/results.safetensors" in said
+    assert not (tmp_path / "run").exists() and not any(steps.values())
 
 
 def test_a_model_that_offers_no_embeddings_is_refused_before_any_work(train, steps, tmp_path, capsys, monkeypatch):

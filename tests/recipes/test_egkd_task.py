@@ -10,7 +10,7 @@ import fastkd
 from fastkd.data.wordpiece import train_wordpiece
 from fastkd.explain import distance, gradient, gradient_attribution
 from fastkd.losses import soft_label_loss
-from fastkd.recipes import EgkdConfig, EgkdTrainer, NotFiniteError, egkd_branches, teacher_results
+from fastkd.recipes import EgkdConfig, EgkdTrainer, NotFiniteError, egkd_units, teacher_results
 from fastkd.recipes.egkd_teacher import classifier_of
 
 ALL = {"gradient": 10.0, "perturbation": 0.5, "selection": 0.5}
@@ -139,9 +139,7 @@ def test_the_gradient_term_is_the_distance_of_the_attributions(make_egkd, make_t
     batch = batch_of(trainer)
     terms, _ = trainer.loss_terms(trainer.model, batch)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    classes = {"label": batch["labels"], "all": "all"}.get(target)
-    if classes is None:
-        classes = teacher(**inputs).logits.argmax(1)
+    classes = {"predicted": teacher(**inputs).logits.argmax(1), "label": batch["labels"], "all": "all"}[target]
     scores = [
         gradient_attribution(classifier_of(model, tokenizer), inputs, trainer.args.explainer, target=classes)
         for model in (trainer.model, teacher)
@@ -205,11 +203,10 @@ def test_the_last_step_of_the_shortest_run_has_branches(make_egkd):
 def test_a_share_of_the_sequences_is_explained_and_the_sum_over_batches_is_their_mean(make_egkd):
     trainer = make_egkd(branches={"gradient": 1.0}, dropout=0.0, explain_share=0.25)
     whole = make_egkd(branches={"gradient": 1.0}, dropout=0.0)
-    batch = batch_of(trainer, range(16))
+    batch, [branch] = batch_of(trainer, range(16)), trainer.branches
     rows = []
     for trainer.state.global_step in range(4):
         trainer.state.max_steps = 100
-        [branch] = trainer.branches
         chosen = branch.rows(trainer._explained(batch, {}))
         alone, _ = whole.loss_terms(whole.model.eval(), batch_of(whole, chosen))
         terms, _ = trainer.loss_terms(trainer.model.eval(), batch)
@@ -291,13 +288,13 @@ def test_a_regression_has_squared_errors_and_explains_its_score(make_egkd, make_
 
 def _poison(monkeypatch, batches: set[int]):
     """The student's attributions of these explained batches (from 0) are NaN."""
-    original, calls = egkd_branches.gradient_attribution, iter(range(10**6))
+    original, calls = egkd_units.gradient_attribution, iter(range(10**6))
 
     def attribution(*args, create_graph=False, **kwargs):
         scores = original(*args, create_graph=create_graph, **kwargs)
         return scores + torch.nan if create_graph and next(calls) in batches else scores
 
-    monkeypatch.setattr(egkd_branches, "gradient_attribution", attribution)
+    monkeypatch.setattr(egkd_units, "gradient_attribution", attribution)
 
 
 def test_a_batch_whose_attributions_are_nan_is_left_out_of_the_branch_and_counted(make_egkd, monkeypatch):
@@ -376,7 +373,7 @@ def test_a_label_out_of_range_is_refused(make_egkd, tokens, make_teacher, tmp_pa
 
 
 def test_results_of_other_data_or_without_a_branch_are_refused(make_egkd, make_teacher, tokenizer, tokens):
-    trainer = make_egkd(branches={"selection": 1.0})
+    trainer, data = make_egkd(branches={"selection": 1.0}), tokens["train"]
     some = trainer._teacher.select(torch.arange(20))
     without = EgkdConfig(output_dir="/nowhere", branches={"gradient": 1.0}, use_cpu=True)
     for results, message in (
@@ -384,14 +381,12 @@ def test_results_of_other_data_or_without_a_branch_are_refused(make_egkd, make_t
         (trainer._teacher.__class__(some.fingerprint, some.tokens, some.per_example, {}), "nothing for gradient"),
     ):
         with pytest.raises(ValueError, match=message):
-            EgkdTrainer(
-                make_teacher(), without, teacher=results, processing_class=tokenizer, train_dataset=tokens["train"]
-            )
+            EgkdTrainer(make_teacher(), without, teacher=results, processing_class=tokenizer, train_dataset=data)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [("data", "belong to something else; the data"), ("settings", "belong to something else; selection: .*0.3.*0.6")],
+    [("data", "both have 330 examples .* order"), ("settings", r"else; selection\.ratio: 0\.3 is stored, 0\.6 given$")],
 )
 def test_results_of_data_in_another_order_or_of_other_settings_are_refused(
     changed, message, make_egkd, make_teacher, tokenizer, tokens
@@ -399,7 +394,7 @@ def test_results_of_data_in_another_order_or_of_other_settings_are_refused(
     results, data = make_egkd(branches={"selection": 1.0})._teacher, tokens["train"]
     if changed == "data":
         data = data.select(range(len(data) - 1, -1, -1))
-    selector = {"epochs": 1} | ({"ratio": 0.6} if changed == "settings" else {})
+    selector = {"epochs": 1, "hidden": 8} | ({"ratio": 0.6} if changed == "settings" else {})
     config = EgkdConfig(output_dir="/nowhere", branches={"selection": 1.0}, selector=selector, use_cpu=True)
     with pytest.raises(ValueError, match=message):
         EgkdTrainer(make_teacher(), config, teacher=results, processing_class=tokenizer, train_dataset=data)
