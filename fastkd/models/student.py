@@ -95,9 +95,7 @@ def _chosen_layers(init: str | Sequence[int], layers: int, teacher_layers: int) 
             raise ValueError(f"init={list(init)} names {len(chosen)} layers for a student of {layers}")
         return chosen
     if layers > teacher_layers:
-        raise ValueError(
-            f"layers={layers}: the teacher has {teacher_layers} layers to copy; name fewer, or use init='random'"
-        )
+        raise ValueError(f"layers={layers}: there are {teacher_layers} to copy; name fewer, or use init='random'")
     return (
         list(range(layers)) if init == "first" else [group[-1] for group in contiguous_groups(teacher_layers, layers)]
     )

@@ -9,7 +9,7 @@ from fastkd.models.loading import load_tokenizer
 from fastkd.recipes.egkd_report import agreement, explanation_report
 from fastkd.recipes.egkd_settings import EgkdConfig, SectionError
 from fastkd.recipes.egkd_task import EgkdTrainer, check_results
-from fastkd.recipes.egkd_teacher import check_stored, classifier_of, teacher_results
+from fastkd.recipes.egkd_teacher import check_mask_token, check_stored, classifier_of, teacher_results
 from fastkd.recipes.finetune import FineTuneConfig
 from fastkd.recipes.output_folder import check_place
 from fastkd.recipes.run_folder import is_done, load, mark_done, train_and_save
@@ -52,7 +52,7 @@ class EgkdRecipe(TaskRecipe):
             raise ValueError(f"results={self.results} and stored=false: without stored results there is no such file")
         if self.align is not None and not self.stored:
             raise ValueError(f"align={self.align} and stored=false: words are compared with stored results alone")
-        if self.results and Path(self.results).is_dir():
+        if self.results and Path(self.results).expanduser().is_dir():
             file = Path(self.results) / _FILE
             raise ValueError(f"results={self.results} is a folder; name a file, such as results={file}")
         return {"finetune": (FineTuneConfig, "teacher", {}), "distil": (EgkdConfig, "student", {})}
@@ -66,7 +66,7 @@ class EgkdRecipe(TaskRecipe):
     def prepare(self, run: Run):
         self.check_models(run)
         config, train, alignment = run.configs["distil"], run.tokens["train"], self.alignment(run, "train")
-        file = Path(self.results) if self.results else run.folder / "teacher_results" / _FILE
+        file = Path(self.results).expanduser() if self.results else run.folder / "teacher_results" / _FILE
         if self.stored:
             check_place("results", file)
             if self.results or not self.overwrite:
@@ -169,6 +169,8 @@ class EgkdRecipe(TaskRecipe):
         student = self.new_student(run, teacher)
         classifier_of(teacher, run.tokenizer)
         classifier_of(student, run.student_tokenizer)
+        for tokenizer in (run.tokenizer, run.student_tokenizer):
+            check_mask_token(tokenizer, run.configs["distil"])
         check_vocabulary(run.tokenizer, teacher=teacher)
         check_vocabulary(run.student_tokenizer, student=student)
         check_results(student, teacher, run.tokens["train"], run.configs["distil"])

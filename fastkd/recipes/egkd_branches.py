@@ -72,6 +72,10 @@ class GradientBranch:
     name: ClassVar[str] = "gradient"
     per_token: ClassVar[bool] = True
 
+    @property
+    def baseline(self) -> str:
+        return self.settings.baseline
+
     def belongs_to(self) -> dict:
         """What the teacher's results depend on."""
         return asdict(self.settings) | {"target": self.target}
@@ -224,6 +228,10 @@ class SelectionBranch:
     name: ClassVar[str] = "selection"
     per_token: ClassVar[bool] = True
 
+    @property
+    def baseline(self) -> str:
+        return self.settings.baseline
+
     def belongs_to(self) -> dict:
         return asdict(self.settings)
 
@@ -235,7 +243,7 @@ class SelectionBranch:
 
     def loss(self, batch: Explained) -> tuple[Tensor, Tensor]:
         kept = batch.units.over_tokens(batch.teacher[self.name])
-        logits = _masked(batch, kept[:, None], self.settings.baseline)[:, 0]
+        logits = _masked(batch, kept[:, None], self.baseline)[:, 0]
         logits, wanted, usable = _usable(logits, batch.teacher["logits"])
         return soft_label_loss(logits, wanted, self.temperature), usable
 

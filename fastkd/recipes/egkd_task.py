@@ -15,7 +15,14 @@ from fastkd.explain.fingerprint import of_tokenizer
 from fastkd.losses import soft_label_loss
 from fastkd.recipes.egkd_branches import Explained, GradientBranch, PerturbationBranch
 from fastkd.recipes.egkd_settings import EgkdConfig
-from fastkd.recipes.egkd_teacher import check_units, classifier_of, results_settings, running_teacher, special_ids
+from fastkd.recipes.egkd_teacher import (
+    check_mask_token,
+    check_units,
+    classifier_of,
+    results_settings,
+    running_teacher,
+    special_ids,
+)
 from fastkd.recipes.egkd_units import OF_WORDS, padded, units_of
 from fastkd.recipes.training import DistillationTrainer, NotFiniteError, check_vocabulary
 
@@ -58,6 +65,7 @@ class EgkdTrainer(DistillationTrainer):
         classifier_of(model, processing_class)
         running = {} if isinstance(teacher, TeacherResults) else {"teacher": teacher}
         check_vocabulary(processing_class, student=model, **running)
+        check_mask_token(processing_class, args)
         check_results(model, teacher, train_dataset, args)
         check_fingerprint(processing_class, teacher, train_dataset, args, alignment)
         self.branches = args.make_branches()

@@ -49,6 +49,16 @@ def _word_embeddings(model) -> nn.Module:
     return embeddings
 
 
+def check_mask_token(tokenizer, args: EgkdConfig) -> None:
+    """Raise a ValueError where a branch masks with [MASK] and the tokenizer has none."""
+    masking = [branch.name for branch in args.make_branches() if branch.baseline == "mask"]
+    if masking and tokenizer.mask_token_id is None:
+        raise ValueError(
+            f"{', '.join(masking)}: the baseline 'mask' needs a mask token, and the tokenizer "
+            f"{tokenizer.name_or_path or type(tokenizer).__name__} has none; 'zero' needs none"
+        )
+
+
 def special_ids(tokenizer) -> list[int]:
     """What is never masked and never selected: what frames a sequence, and padding. [UNK] stands for a word."""
     names = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -83,6 +93,7 @@ def teacher_results(
     Raises ValueError for a file that belongs to another teacher, tokenizer, data, alignment or settings (what differs
     is named), for data that is not the alignment's, and for results that are not finite.
     """
+    check_mask_token(tokenizer, args)
     expected = Fingerprint.of(teacher, tokenizer, data, results_settings(data, args))
     parts = Path(f"{path}.parts")
     if alignment is not None:

@@ -134,7 +134,7 @@ def test_a_saved_student_loads_as_a_plain_model(architecture, make_model, batch,
     [
         ({"layers": 0}, "at least 1"),
         ({"layers": 2.0}, "whole number of layers"),
-        ({"layers": 5}, "the teacher has 4 layers to copy"),
+        ({"layers": 5}, "there are 4 to copy"),
         ({"layers": 2, "init": "last"}, '"first", "spaced", "random"'),
         ({"layers": 2, "init": [0, 4]}, "layer 4 is out of range; this model has 4 layers: 0 to 3"),
         ({"layers": 2, "init": [0, 1, 2]}, "names 3 layers for a student of 2"),

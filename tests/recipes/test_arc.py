@@ -160,7 +160,7 @@ def test_nan_in_training_ends_with_one_line(train, monkeypatch, tmp_path, capsys
         (["stage_a.layer_pairs=[[9, -1, 1.0]]"], "layer 9 is out of range; this model has 4 layers"),
         (["student.init=[0, 7]"], "layer 7 is out of range"),
         (["student={layers: 2, hidden: 16, heads: 4, init: random}"], "of the predecessor are (32, 4), of the student"),
-        (["student={layers: 9}"], "layers=9: the teacher has 4 layers to copy"),
+        (["student={layers: 9}"], "layers=9: there are 4 to copy"),
         (["student={init: first}"], "student: layers must be given"),
         (["student={layres: 2}"], "student: unknown key 'layres'; did you mean 'layers'?"),
         (["stage_b=5"], "stage_b: a section of settings is needed, not 5"),

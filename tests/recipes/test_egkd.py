@@ -8,7 +8,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
 
 from fastkd.cli import main
 from fastkd.explain import compute
@@ -238,7 +243,7 @@ def test_overwriting_starts_anew_with_other_results(train, steps, finished, tmp_
         (["student={kind: gru, layers: 1}"], "student: kind='gru'; allowed is bilstm"),
         (["student={kind: bilstm, layers: 1}"], "student: hidden must be given"),
         (["student={kind: bilstm, layers: 0, hidden: 8}"], "layers=0: a positive whole number is needed"),
-        (["student={layers: 9}"], "layers=9: the teacher has 4 layers to copy"),
+        (["student={layers: 9}"], "layers=9: there are 4 to copy"),
         (["teacher=does/not/exist"], "teacher=does/not/exist is no model: no such folder"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -255,6 +260,22 @@ def test_a_folder_is_no_file_of_results(train, steps, tmp_path, capsys):
     assert train(f"results={tmp_path}") == 2
     said = capsys.readouterr().err
     assert f"results={tmp_path} is a folder; name a file, such as results={tmp_path}/results.safetensors" in said
+    assert not (tmp_path / "run").exists() and not any(steps.values())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["distil.gradient={method: integrated_gradients, baseline: mask}"],
+        ["distil.branches={perturbation: 1}", "distil.mask_baseline=mask"],
+        ["distil.branches={selection: 1}", "distil.selector={epochs: 1, baseline: mask}"],
+    ],
+    ids=["gradient", "perturbation", "selection"],
+)
+def test_a_mask_baseline_needs_a_mask_token(train, steps, tmp_path, capsys, monkeypatch, words):
+    monkeypatch.setattr(PreTrainedTokenizerBase, "mask_token_id", None, raising=False)
+    assert train(*words) == 2
+    assert "the baseline 'mask' needs a mask token, and the tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "run").exists() and not any(steps.values())
 
 
