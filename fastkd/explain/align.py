@@ -61,13 +61,13 @@ class WordAlignment:
     Attributes:
         teacher, student: for each example the numbers of its tokens' words, `NO_WORD` where there is none. The words
             that both saw have the numbers 0, 1, ... in the order of the text, those of a second text after the first's.
-        words: these words, as they stand in the text.
+        words: these words of each text, one or the two of a pair, as they stand there.
         data: digests of the token ids of both sides, by `of_data`.
     """
 
     teacher: list[list[int]]
     student: list[list[int]]
-    words: list[list[str]]
+    words: list[list[list[str]]]
     data: tuple[str, str]
 
     @staticmethod
@@ -88,8 +88,8 @@ class WordAlignment:
             number = {word: k for k, word in enumerate(both)}
             for side, row in zip(found, rows, strict=True):
                 side.append([number.get(word, NO_WORD) for word in row])
-            spelled = [word for text in example for word in text.split()]
-            words.append([spelled[word] for word in both])
+            place = itertools.count()
+            words.append([[word for word in text.split() if next(place) in number] for text in example])
         return WordAlignment(*found, words, tuple(of_data({"input_ids": ids}) for ids, _ in sides))
 
     @property

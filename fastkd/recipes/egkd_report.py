@@ -88,7 +88,7 @@ def explanation_report(
             if alignment is None:
                 texts = _spelled(found.ids[i], found.words[i], tokenizer)
             else:
-                texts = [[f" {word}" for word in alignment.words[i]]]
+                texts = [[f" {word}" for word in text] for text in alignment.words[i]]
             examples.append(_shown(i, texts, found, data, teacher.config))
         side_by_side(page, examples, title=title, about=about)
     return report

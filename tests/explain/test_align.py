@@ -113,7 +113,7 @@ def test_a_slow_tokenizer_is_refused_by_name(wordpiece, side):
 
 def test_words_are_what_stands_between_spaces(wordpiece, bpe):
     found = WordAlignment.of(bpe, wordpiece, TEXTS, max_length=64)
-    assert found.words == [text.split() for text in TEXTS]
+    assert found.words == [[text.split()] for text in TEXTS]
     for tokenizer, rows in ((bpe, found.teacher), (wordpiece, found.student)):
         for text, row in zip(TEXTS, rows, strict=True):
             assert _spelled(tokenizer, text, row) == text.split()
@@ -133,24 +133,24 @@ def test_special_tokens_and_spaces_are_of_no_word(wordpiece, bpe):
 
 def test_the_words_of_a_second_text_come_after_the_firsts(wordpiece, bpe):
     found = WordAlignment.of(bpe, wordpiece, ["ok bad"], ["bad café film"], max_length=64)
-    assert found.words == [["ok", "bad", "bad", "café", "film"]]
+    assert found.words == [[["ok", "bad"], ["bad", "café", "film"]]]
     for rows in (found.teacher, found.student):
         assert [word for word in dict.fromkeys(rows[0]) if word != NONE] == [0, 1, 2, 3, 4]
 
 
 def test_words_that_one_of_them_did_not_see_are_left_out_on_both_sides(wordpiece, bpe):
     text = "🎈 🎈 🎈 🎈 ok ok"  # four bytes of BPE each, and one unknown token of WordPiece
-    seen = [WordAlignment.of(side, side, [text], max_length=12).words[0] for side in (bpe, wordpiece)]
+    seen = [WordAlignment.of(side, side, [text], max_length=12).words[0][0] for side in (bpe, wordpiece)]
     assert len(seen[0]) < len(seen[1]) == 6
     found = WordAlignment.of(bpe, wordpiece, [text], max_length=12)
-    assert found.words[0] == seen[0]
+    assert found.words[0] == [seen[0]]
     for rows in (found.teacher, found.student):
         assert len(rows[0]) <= 12 and set(rows[0]) - {NONE} == set(range(len(seen[0])))
 
 
 def test_texts_without_words_have_none(wordpiece, bpe):
     found = WordAlignment.of(bpe, wordpiece, ["", "  "], max_length=8)
-    assert found.words == [[], []] and all(set(row) == {NONE} for row in found.teacher + found.student)
+    assert found.words == [[[]], [[]]] and all(set(row) == {NONE} for row in found.teacher + found.student)
     assert WordAlignment.of(bpe, wordpiece, [], max_length=8).words == []
 
 

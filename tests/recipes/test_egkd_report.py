@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 import fastkd
-from fastkd.explain import by_chance, consistency, gradient_attribution
+from fastkd.explain import WordAlignment, by_chance, consistency, gradient_attribution
 from fastkd.recipes import EgkdConfig
 from fastkd.recipes.egkd_report import agreement, explanation_report
 from fastkd.recipes.egkd_teacher import classifier_of
@@ -26,14 +26,15 @@ def config(settings):
 def report(make_teacher, tokenizer, config, tmp_path):
     """report(labels, pairs=.., ..): the figures, and the page's text without tags, a line for each block."""
 
-    def make(labels, pairs=None, data=None, **changes):
+    def make(labels, pairs=None, data=None, on_words=False, **changes):
         teacher = make_teacher(dropout=0.0, **changes)
         if data is None:
             encoded = dict(tokenizer(TEXTS, pairs, truncation=True, max_length=32))
             data = Dataset.from_dict(encoded | {"labels": labels})
         student = fastkd.create_student(teacher, layers=2)
         page = tmp_path / "explanations.html"
-        found = explanation_report(teacher, student, tokenizer, data, config, page, "mrpc")
+        words = WordAlignment.of(tokenizer, tokenizer, TEXTS, pairs, max_length=32) if on_words else None
+        found = explanation_report(teacher, student, tokenizer, data, config, page, "mrpc", alignment=words)
         blocks = re.split(r"</(?:p|h1|h2|dd|dt|small|th|td)>|<small>", page.read_text().partition("<body>")[2])
         lines = [html.unescape(re.sub("<[^>]*>", "", block)).strip() for block in blocks]
         return found, [line for line in lines if line]
@@ -84,8 +85,9 @@ def test_each_text_stands_with_its_label_the_predictions_and_its_figures(report)
     assert lines.count("cosine") == lines.count("Spearman") == 3
 
 
-def test_the_texts_of_a_pair_stand_apart(report):
-    _, lines = report([0, 1, 0], pairs=SECONDS)
+@pytest.mark.parametrize("on_words", [False, True], ids=["tokens", "words"])
+def test_the_texts_of_a_pair_stand_apart(report, on_words):
+    _, lines = report([0, 1, 0], pairs=SECONDS, on_words=on_words)
     for text in (*TEXTS, *SECONDS):
         assert lines.count(text) == 2, text
 
