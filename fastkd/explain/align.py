@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastkd.explain.arguments import check_whole
 from fastkd.explain.fingerprint import of_data, of_tokenizer
 
 ALIGNMENTS = (None, "words")
@@ -77,9 +78,16 @@ class WordAlignment:
         """Of texts, or pairs of texts, as both tokenizers cut them to `max_length` tokens: `tokenizer(texts, pairs,
         truncation=True, max_length=max_length)`, as `Task.tokenize` does.
 
-        Raises ValueError for a tokenizer that is not fast: it does not tell where in the text a token stands.
+        Raises ValueError for a tokenizer that is not fast: it does not tell where in the text a token stands; for texts
+        that are no list of strings, and pairs that are not as many.
         """
         check_tokenizers(teacher, student, "words")
+        check_whole("max_length", max_length)
+        for name, column in (("texts", texts), ("pairs", pairs)):
+            if column is not None and (isinstance(column, str) or not all(isinstance(text, str) for text in column)):
+                raise ValueError(f"{name}: a list of strings is needed, one for each example")
+        if pairs is not None and len(pairs) != len(texts):
+            raise ValueError(f"{len(pairs)} pairs for {len(texts)} texts")
         columns = [list(column) for column in (texts, pairs) if column is not None]
         sides = [_tokens_and_words(tokenizer, columns, max_length) for tokenizer in (teacher, student)]
         found, words = ([], []), []

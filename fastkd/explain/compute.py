@@ -6,7 +6,7 @@ there and fits is read; another one is computed anew.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from operator import length_hint
 from pathlib import Path
 
@@ -32,6 +32,7 @@ def compute_results(
     per_token: Explainers,
     mask: Callable[[Inputs], Tensor] = valid_tokens,
     dtype: torch.dtype = torch.float16,
+    precise: Collection[str] = (),
     parts: str | Path | None = None,
     progress: bool = False,
 ) -> TeacherResults:
@@ -56,6 +57,7 @@ def compute_results(
         per_token: functions that give (B, L), or (B, C, L).
         mask: gives (B, L) bool, what of it is kept: tokens, or words (`fastkd.explain.align`).
         dtype: floating results are stored in it; normalised scores and logits have room in fp16.
+        precise: names of results that are stored as they are, such as logits whose largest is asked for.
         parts: a folder in which what is computed so far is kept. The same call goes on from there, with the results of
             one that was not stopped, bit for bit where the explainers repeat themselves. Who has saved the results
             removes it.
@@ -68,7 +70,7 @@ def compute_results(
     """
     check_batches(batches)
     check_type("fingerprint", fingerprint, Fingerprint)
-    explainers = _Explainers(per_example, per_token, mask, dtype)
+    explainers = _Explainers(per_example, per_token, mask, dtype, frozenset(precise))
     found = []
     with tqdm(total=length_hint(batches) or None, desc="results", unit=" batches", disable=not progress) as bar:
         for number, some in enumerate(_grouped(batches, 1 if parts is None else _OF_A_PART)):
@@ -76,7 +78,12 @@ def compute_results(
             if parts is None:
                 found.append(explainers.of(some, fingerprint, first, bar))
                 continue
-            here = {"batches": of_batches(some), "explainers": explainers.names, "dtype": str(dtype)}
+            here = {
+                "batches": of_batches(some),
+                "explainers": explainers.names,
+                "dtype": str(dtype),
+                "precise": sorted(precise),
+            }
             belongs = dataclasses.replace(fingerprint, settings=fingerprint.settings | {"part": here})
             file = Path(parts, f"{number:05}.safetensors")
             part = _kept(file, belongs)
@@ -130,6 +137,7 @@ class _Explainers:
     per_token: Explainers
     mask: Callable[[Inputs], Tensor]
     dtype: torch.dtype
+    precise: frozenset[str]
 
     def __post_init__(self):
         if twice := sorted(set(self.per_example) & set(self.per_token)):
@@ -175,7 +183,7 @@ class _Explainers:
         bad = (~values.isfinite()).reshape(len(values), -1).any(1).nonzero()
         if len(bad):
             raise ValueError(f"{name}: example {first + int(bad[0])} has NaN or infinite values; look at the teacher")
-        stored = values.to(self.dtype)
+        stored = values if name in self.precise else values.to(self.dtype)
         if not stored.isfinite().all():
             raise ValueError(
                 f"{name}: {self.dtype} cannot hold values up to {values.abs().max():.4g}; torch.float32 can"

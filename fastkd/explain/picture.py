@@ -27,8 +27,8 @@ i { font-style: normal }
 .for { background: rgb(214 96 77 / calc(.75 * var(--share))) }
 .against { background: rgb(67 147 195 / calc(.75 * var(--share))) }
 """
-_SIGNED = "speaks for the class that is explained", "speaks against it"
-_UNSIGNED = "matters to the class that is explained"
+_SIGNED = "speaks for what is explained", "speaks against it"
+_UNSIGNED = "matters to what is explained"
 _STRENGTH = "The stronger the colour, the nearer to the largest score of the example; point at a token to read its own."
 
 

@@ -7,7 +7,7 @@ from fastkd.explain import WordAlignment, check_tokenizers
 from fastkd.models import create_bilstm, create_student
 from fastkd.models.loading import load_tokenizer
 from fastkd.recipes.egkd_report import agreement, explanation_report
-from fastkd.recipes.egkd_settings import EgkdConfig, SectionError
+from fastkd.recipes.egkd_settings import EgkdConfig
 from fastkd.recipes.egkd_task import EgkdTrainer, check_results
 from fastkd.recipes.egkd_teacher import check_mask_token, check_stored, classifier_of, teacher_results
 from fastkd.recipes.finetune import FineTuneConfig
@@ -57,12 +57,6 @@ class EgkdRecipe(TaskRecipe):
             raise ValueError(f"results={self.results} is a folder; name a file, such as results={file}")
         return {"finetune": (FineTuneConfig, "teacher", {}), "distil": (EgkdConfig, "student", {})}
 
-    def configs(self):
-        try:
-            return super().configs()
-        except SectionError as error:
-            raise ValueError(f"distil.{error}") from error
-
     def prepare(self, run: Run):
         self.check_models(run)
         config, train, alignment = run.configs["distil"], run.tokens["train"], self.alignment(run, "train")
@@ -75,7 +69,10 @@ class EgkdRecipe(TaskRecipe):
                 known = teacher if is_done(teacher) and not self.overwrite else self.finetuned_teacher
                 check_stored(file, known, run.tokenizer, train, config, alignment)
                 if known is None and file.exists() and run.leads:
-                    print(f"{file} is there: its teacher is compared with this run's once that is fine-tuned")
+                    print(
+                        f"{file} is there: its teacher is compared with this run's once that is fine-tuned "
+                        "(finetuned_teacher=DIR takes the teacher of another run)"
+                    )
 
         def stored_results():
             return teacher_results(run.folder / "teacher", run.tokenizer, train, config, file, alignment)

@@ -79,7 +79,8 @@ def explanation_report(
     if page is not None:
         explainer = args.explainer
         about = {name: _described(model) for name, model in models.items()}
-        how = f"{explainer.method} of the {explainer.score}".replace("_", " ")
+        score = "output" if teacher.config.num_labels == 1 else explainer.score
+        how = f"{explainer.method} of the {score}".replace("_", " ")
         about["explained"] = f"what the teacher predicts, by {how}"
         about |= {f"{kind} explanations agree": agreement(figures) for kind, figures in report.items()}
         title = "Explanations of teacher and student" + (f": {task}" if task else "")

@@ -1,22 +1,19 @@
 """Settings of EGKD, and the branches they describe."""
 
+import math
 from dataclasses import dataclass, field
 
 from fastkd.explain import GradientSettings, MaskPool, SelectorSettings
 from fastkd.explain.classifier import BASELINES
 from fastkd.explain.scores import check_distance
 from fastkd.recipes.egkd_branches import Branch, GradientBranch, PerturbationBranch, SelectionBranch
-from fastkd.recipes.settings import check_keys, from_settings
+from fastkd.recipes.settings import check_keys, section_from
 from fastkd.recipes.training import DistillationArguments
 
 TARGETS = ("predicted", "label", "all")
 SECOND_ORDER = ("exact", "central_difference")
 _NAMES = tuple(branch.name for branch in (GradientBranch, PerturbationBranch, SelectionBranch))
 _MOST_MASKS = 4
-
-
-class SectionError(ValueError):
-    """Of a section within the settings, such as `pool`; the message begins with its name."""
 
 
 @dataclass
@@ -68,8 +65,8 @@ class EgkdConfig(DistillationArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r}; a section `key: value` is needed")
         check_keys(self.branches, _NAMES, "branches")
         for name, weight in self.branches.items():
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight >= 0:
-                raise ValueError(f"branches: {name}={weight!r}; a weight of 0 or more is needed")
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                raise ValueError(f"branches: {name}={weight!r}; a weight of 0 or more is needed, and a finite one")
         for name, allowed in (
             ("target", TARGETS),
             ("second_order", SECOND_ORDER),
@@ -80,8 +77,8 @@ class EgkdConfig(DistillationArguments):
         check_distance(self.distance)
         if not 0 <= self.soft_weight <= 1:
             raise ValueError(f"soft_weight={self.soft_weight}; allowed is 0 to 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}; it must be positive")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}; it must be positive and finite")
         if not 0 <= self.explain_after < 1:
             raise ValueError(f"explain_after={self.explain_after}; it must lie in [0, 1)")
         if not 0 < self.explain_share <= 1:
@@ -110,19 +107,19 @@ class EgkdConfig(DistillationArguments):
     def explainer(self) -> GradientSettings:
         """Of the gradient branch."""
         defaults = {"score": "log_probability", "norm": "l2"}
-        return _section(GradientSettings, defaults | self.gradient, "gradient")
+        return section_from(GradientSettings, defaults | self.gradient, "gradient")
 
     @property
     def mask_pool(self) -> MaskPool:
         """Of the perturbation branch."""
-        return _section(MaskPool, {"samples": 32} | self.pool, "pool")
+        return section_from(MaskPool, {"samples": 32} | self.pool, "pool")
 
     def make_branches(self) -> list[Branch]:
         """Those that weigh something."""
         return [branch for branch in self._all_branches() if branch.name in self.explaining]
 
     def _all_branches(self) -> list[Branch]:
-        selector = _section(SelectorSettings, self.selector, "selector")
+        selector = section_from(SelectorSettings, self.selector, "selector")
         return [
             GradientBranch(
                 self.explainer, self.target, self.second_order, self.distance, self.explain_share, self.explain_every
@@ -130,11 +127,3 @@ class EgkdConfig(DistillationArguments):
             PerturbationBranch(self.mask_pool, self.masks, self.mask_baseline, self.temperature, self.seed),
             SelectionBranch(selector, self.temperature),
         ]
-
-
-def _section(cls: type, settings: dict, name: str):
-    """As `from_settings`; a SectionError also where the dataclass itself refuses them."""
-    try:
-        return from_settings(cls, settings, name)
-    except ValueError as error:
-        raise SectionError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from error

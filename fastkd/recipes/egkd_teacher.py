@@ -113,6 +113,8 @@ def teacher_results(
             per_example={"logits": classifier.logits} | _explainers(branches, classifier, per_token=False),
             per_token=_explainers(branches, classifier, per_token=True),
             mask=lambda inputs: units_of(inputs).mask(inputs),
+            # In fp16 two of them could tie, and the student explain another class than the teacher.
+            precise=["logits"],
             parts=parts,
             progress=_shows_progress(args),
         ).select(torch.tensor(batches.order).argsort())
@@ -133,7 +135,7 @@ def check_stored(
     come, None, is not looked at."""
     if Path(path).exists():
         expected = Fingerprint.of(teacher, tokenizer, data, results_settings(data, args))
-        advice = "Delete it, or name another file with results="
+        advice = "Name another file with results=, give this run the same teacher by finetuned_teacher=, or delete it"
         stored = TeacherResults.fingerprint_of(path)
         stored.check(expected, path, advice)
         check_units(stored, alignment, path)

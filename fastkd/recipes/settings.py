@@ -72,6 +72,10 @@ def check_keys(given: dict[str, Any], allowed: list[str] | tuple[str, ...], wher
             raise ValueError(f"{where}: unknown key {key!r}; {hint}")
 
 
+class SectionError(ValueError):
+    """Of a section of settings; the message begins with its name."""
+
+
 def from_settings(cls: type, settings: dict[str, Any], where: str) -> Any:
     """Build the dataclass `cls`, checking keys first. A text value like 1e-4 becomes the number it is in YAML 1.2."""
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
@@ -89,6 +93,17 @@ def from_settings(cls: type, settings: dict[str, Any], where: str) -> Any:
     for key, value in numbers.items():
         _check_kind(f"{where}: {key}", value, fields[key].type)
     return cls(**numbers)
+
+
+def section_from(cls: type, settings: dict[str, Any], name: str) -> Any:
+    """As `from_settings`, of a section within others: where the dataclass itself refuses them, too, the message begins
+    with the section's name, and with the names of those that it is in."""
+    try:
+        return from_settings(cls, settings, name)
+    except SectionError as error:
+        raise SectionError(f"{name}.{error}") from error
+    except ValueError as error:
+        raise SectionError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from error
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}

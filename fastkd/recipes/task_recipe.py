@@ -24,7 +24,7 @@ from fastkd.models.loading import load_tokenizer, named_if_missing
 from fastkd.recipes.finetune import FineTuneConfig, FineTuneTrainer
 from fastkd.recipes.given_steps import check_given, check_teacher, copy_step
 from fastkd.recipes.run_folder import check_folder, is_done, load, start_folder, train_and_save
-from fastkd.recipes.settings import check_keys, from_settings
+from fastkd.recipes.settings import check_keys, section_from
 
 STUDENT_KEYS = ("layers", "hidden", "heads", "ffn", "init", "seed")
 
@@ -156,7 +156,7 @@ class TaskRecipe:
         self.check_student()
         own = {"seed": self.seed}
         return {
-            name: from_settings(
+            name: section_from(
                 cls, own | {"output_dir": str(Path(self.output_dir) / step)} | given | getattr(self, name), name
             )
             for name, (cls, step, given) in self.sections().items()

@@ -108,6 +108,21 @@ def test_a_slow_tokenizer_is_refused_by_name(wordpiece, side):
         WordAlignment.of(pair["teacher"], pair["student"], TEXTS, max_length=64)
 
 
+@pytest.mark.parametrize(
+    ("texts", "pairs", "max_length", "message"),
+    [
+        ("a film", None, 8, "texts: a list of strings is needed"),
+        (["a", None], None, 8, "texts: a list of strings is needed"),
+        (["a"], "b", 8, "pairs: a list of strings is needed"),
+        (["a"], ["b", "c"], 8, "2 pairs for 1 texts"),
+        (["a"], None, 0, "max_length=0"),
+    ],
+)
+def test_texts_that_are_none_are_refused(wordpiece, texts, pairs, max_length, message):
+    with pytest.raises(ValueError, match=message):
+        WordAlignment.of(wordpiece, wordpiece, texts, pairs, max_length=max_length)
+
+
 # Which word a token belongs to
 
 

@@ -91,7 +91,7 @@ def test_colour_is_the_share_of_the_largest_score_and_its_sign(tmp_path):
 def test_the_legend_knows_whether_scores_have_a_sign(tmp_path):
     lengths = replace(ALONE, scores={name: scores.abs() for name, scores in ALONE.scores.items()})
     assert "speaks against it" in " ".join(_read(tmp_path, ALONE).texts["i"])
-    assert _read(tmp_path, lengths).texts["i"] == ["matters to the class that is explained"]
+    assert _read(tmp_path, lengths).texts["i"] == ["matters to what is explained"]
 
 
 def test_the_page_is_one_file_for_light_and_dark_screens(tmp_path):

@@ -187,7 +187,7 @@ def test_a_file_of_other_results_is_refused_before_any_work(train, steps, finish
     shared = f"results={finished / 'teacher_results' / 'results.safetensors'}"
     assert train(shared, "distil.pool.seed=3") == 2
     error = capsys.readouterr().err
-    assert "; perturbation.seed: 0 is stored, 3 given. Delete it, or name another file with results=" in error
+    assert "; perturbation.seed: 0 is stored, 3 given. Name another file with results=, give" in error
     assert "the teacher" not in error
     assert not (tmp_path / "run").exists() and not any(steps.values())
 
@@ -197,10 +197,8 @@ def test_a_file_of_another_teacher_is_refused(train, steps, finished, capsys):
     assert train(shared, "finetune.max_steps=1") == 2
     said = capsys.readouterr()
     first, *_ = said.out.splitlines()
-    assert first.endswith(
-        "results.safetensors is there: its teacher is compared with this run's once that is fine-tuned"
-    )
-    assert "the teacher (its weights)" in said.err and "name another file with results=" in said.err
+    assert "results.safetensors is there: its teacher is compared with this run's once that is fine-tuned" in first
+    assert "the teacher (its weights)" in said.err and "the same teacher by finetuned_teacher=" in said.err
     assert steps["results"] == steps["student"] == 0
 
 
@@ -216,7 +214,8 @@ def test_overwriting_starts_anew_with_other_results(train, steps, finished, tmp_
     ("words", "message"),
     [
         (["distil.branches.lime=1"], "branches: unknown key 'lime'"),
-        (["distil.branches.gradient=-1"], "branches: gradient=-1; a weight of 0 or more is needed"),
+        (["distil.branches.gradient=-1"], "distil: branches: gradient=-1; a weight of 0 or more is needed"),
+        (["distil.branches.gradient=.inf"], "distil: branches: gradient=inf; a weight of 0 or more is needed"),
         (["distil.branches=gradient"], "branches='gradient'; a section `key: value` is needed"),
         (["distil.gradient.steps=0"], "distil.gradient: steps=0; a whole number is needed, 1 at least"),
         (["distil.gradient.stepz=2"], "distil.gradient: unknown key 'stepz'; did you mean 'steps'?"),
@@ -224,7 +223,7 @@ def test_overwriting_starts_anew_with_other_results(train, steps, finished, tmp_
         (["distil.second_order=double"], "second_order='double'; allowed are exact, central_difference"),
         (["distil.target=gold"], "target='gold'; allowed are predicted, label, all"),
         (["distil.distance=l3"], "distance='l3'; allowed are l1, l2, smooth_l1"),
-        (["distil.masks=5"], "masks=5; allowed are 1 to 4"),
+        (["distil.masks=5"], "distil: masks=5; allowed are 1 to 4"),
         (["distil.pool.samples=2"], "distil.pool: samples=2; a whole number is needed, 4 at least"),
         (["distil.pool.samples=8.5"], "distil.pool: samples=8.5; a whole number is needed"),
         (["distil.pool.keep=0.5"], "distil.pool: keep=0.5; two shares of kept tokens are needed"),
@@ -232,7 +231,8 @@ def test_overwriting_starts_anew_with_other_results(train, steps, finished, tmp_
         (["distil.mask_baseline=noise"], "mask_baseline='noise'; allowed are zero, mask"),
         (["distil.selector.ratio=0"], "distil.selector: ratio=0; the share of tokens must lie in (0, 1]"),
         (["distil.soft_weight=1.5"], "soft_weight=1.5; allowed is 0 to 1"),
-        (["distil.temperature=0"], "temperature=0; it must be positive"),
+        (["distil.temperature=0"], "distil: temperature=0; it must be positive"),
+        (["distil.temperature=.inf"], "distil: temperature=inf; it must be positive and finite"),
         (["distil.explain_after=1"], "explain_after=1; it must lie in [0, 1)"),
         (["distil.explain_share=0"], "explain_share=0; it must lie in (0, 1]"),
         (["distil.explain_every=0"], "explain_every=0; a whole number is needed, 1 at least"),
