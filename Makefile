@@ -32,6 +32,7 @@ endif
 GPU_JOBS ?= 8
 GPU_SHAPES ?= small
 GPU_OPS ?= relation_kl sparse_embedding cos_nce attribution_distance
+GPU_RECIPES ?= arc egkd
 SANITIZED := tests/ops/test_relation_kl.py tests/ops/test_sparse_embedding.py tests/ops/test_cos_nce.py \
   tests/ops/test_attribution_distance.py \
   -k "cuda and not reference and (both_operands or peaked or differ_in_dtype or storage_format or any_mask)"
@@ -54,11 +55,12 @@ gpu-sanitize: gpu-build
 	! command -v compute-sanitizer > /dev/null || compute-sanitizer --tool racecheck \
 	  --error-exitcode 1 $(GPU_PYTHON) -m pytest -p no:xdist $(SANITIZED) --maxfail 1
 
-# The steps before have left a load average behind: --anyway, which the results record.
+# The steps before have left a load average behind: --anyway, which the results record. The bench of all ops and recipes
+# takes longer than ten minutes; GPU_OPS=relation_kl GPU_RECIPES= runs a part.
 gpu-bench: gpu-build
 	for op in $(GPU_OPS); do $(GPU_PYTHON) -m fastkd.cli bench kernels --op $$op --device cuda --shapes $(GPU_SHAPES) \
 	  --anyway --out benchmarks/results || exit 1; done
-	for recipe in arc egkd; do $(GPU_PYTHON) -m fastkd.cli bench step --recipe $$recipe --device cuda --anyway \
+	for recipe in $(GPU_RECIPES); do $(GPU_PYTHON) -m fastkd.cli bench step --recipe $$recipe --device cuda --anyway \
 	  --out benchmarks/results || exit 1; done
 
 # torch comes first and the build is not isolated: the compiled part belongs to the torch that is installed.

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psutil
@@ -14,9 +15,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastkd.benchmarks.accuracy import judge, largest
+from fastkd.benchmarks.replay import Captures, NotCaptured
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 100
-PHASES = ("forward", "backward", "both", "no_grad")
+# As the host launches them, between two waits for the device; the last two, on CUDA only, by replay of a graph, forward
+# and backward together and the forward alone.
+PHASES = ("forward", "backward", "both", "no_grad", "replay", "replay_no_grad")
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,23 @@ class Provider:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The least milliseconds that forward and backward can take here, and the name of what binds."""
+
+    name: str
+    ms: float
+
+
+@dataclass(frozen=True)
 class Case:
     """One shape and dtype of an op: the providers, and `exact(dtype)`, which gives the loss and its gradients eagerly.
 
     `exact` must work in little memory, so that it can judge where the eager provider does not fit. `evaluated`: whether
-    the forward that wants no gradient is timed as well. compared_with: the provider of whose time the others' are given
-    as multiples. least_rounds: fewer than usual where a round takes many seconds.
+    the forward that wants no gradient is timed as well, and on CUDA the replay of graphs; a whole training step has
+    neither. compared_with: the provider of whose time the others' are given as multiples. least_rounds: fewer than
+    usual where a round takes many seconds. limit: without it, the fastest provider of that role is the limit.
+    limit_goal: the fraction of the limit that fastkd is to reach. width: of the rows that the kernel works on, as
+    `backends.resolve` takes it, where the choice of the backend depends on it.
     """
 
     op: str
@@ -62,6 +77,13 @@ class Case:
     evaluated: bool = True
     compared_with: str | None = None
     least_rounds: int = MIN_ROUNDS
+    limit: Limit | None = None
+    limit_goal: float | None = None
+    width: int | None = None
+
+    @property
+    def replayed(self) -> bool:
+        return self.device == "cuda" and self.evaluated
 
 
 def measure(case: Case, budget: float = 30.0) -> list[dict]:
@@ -76,16 +98,19 @@ def measure(case: Case, budget: float = 30.0) -> list[dict]:
     accepted = [provider for provider in case.providers if rows[provider.name]["status"] == "ok"]
     for provider in accepted:
         rows[provider.name]["peak_extra_bytes"] = peak_extra_bytes(lambda p=provider: _once(p), case.device)
-    times = _take_turns(accepted, case, budget)
-    for provider in accepted:
-        for phase in times[provider.name][0]:
-            samples = [1e3 * taken[phase] for taken in times[provider.name]]
-            low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
-            rows[provider.name] |= {
-                f"{phase}_ms": statistics.median(samples), f"{phase}_p20_ms": low, f"{phase}_p80_ms": high,
-            }  # fmt: skip
-        rows[provider.name]["rounds"] = len(times[provider.name])
-    _add_fractions_of_the_limit(rows.values())
+    if case.evaluated:  # compiles what wants no gradient; all else has run
+        for provider in accepted:
+            _timed(provider, case)
+    budget = budget / 2 if case.replayed else budget
+    launches = {provider.name: partial(_timed, provider, case) for provider in accepted}
+    for name, rounds in _take_turns(launches, case.least_rounds, budget).items():
+        rows[name] |= _medians(rounds) | {"rounds": len(rounds)}
+    if case.replayed:
+        # After all launches: graphs keep the memory they were captured in.
+        replays = _captured(accepted, rows)
+        for name, rounds in _take_turns(replays, case.least_rounds, budget).items():
+            rows[name] |= _medians(rounds)
+    _add_fractions_of_the_limit(case, rows.values())
     _add_multiples(case, rows)
     return list(rows.values())
 
@@ -104,15 +129,18 @@ def _all_checked(case: Case) -> dict[str, dict]:
 def _checked(case: Case, provider: Provider, eager: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict:
     row = {
         "op": case.op, "shape": case.shape, "length": case.length, "tokens": case.tokens,
-        "dtype": str(case.dtype).removeprefix("torch."), "provider": provider.name, "role": provider.role,
-        "status": "ok",
+        "dtype": str(case.dtype).removeprefix("torch."), "width": case.width, "provider": provider.name,
+        "role": provider.role, "status": "ok",
     }  # fmt: skip
-    free = torch.cuda.mem_get_info()[0] if case.device == "cuda" else psutil.virtual_memory().available
+    free = free_bytes(case.device)
     if provider.needs_bytes > free:
         gib = 2**30
         return row | {"status": f"not run: needs about {provider.needs_bytes / gib:.0f} GiB, {free / gib:.0f} are free"}
-    result = provider.forward()
-    gradients = provider.backward(result)
+    try:
+        result = provider.forward()
+        gradients = provider.backward(result)
+    except torch.OutOfMemoryError:
+        return row | {"status": f"not run: {free / 2**30:.0f} GiB are free, and it needs more"}
     if provider.role == "limit":
         return row
     verdicts = [
@@ -126,8 +154,21 @@ def _checked(case: Case, provider: Provider, eager: tuple[Tensor, ...], exact: t
     return row | ({"status": f"refused: {'; '.join(wrong)}"} if wrong else {})
 
 
+def free_bytes(device: str) -> int:
+    """What a tensor can still be made of, the memory that torch's allocator keeps for later included."""
+    if device == "cpu":
+        return psutil.virtual_memory().available
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
 def _once(provider: Provider) -> None:
     provider.backward(provider.forward())
+
+
+def _evaluate(provider: Provider) -> None:
+    with torch.no_grad():
+        provider.forward()
 
 
 def _synchronize(device: str) -> None:
@@ -150,30 +191,62 @@ def _timed(provider: Provider, case: Case) -> dict[str, float]:
     step = {"forward": between - start, "backward": end - between, "both": end - start}
     if not case.evaluated:
         return step
-    with torch.no_grad():
-        again = time.perf_counter()
-        provider.forward()
-        _synchronize(device)
-        done = time.perf_counter()
-    return step | {"no_grad": done - again}
+    again = time.perf_counter()
+    _evaluate(provider)
+    _synchronize(device)
+    return step | {"no_grad": time.perf_counter() - again}
 
 
-def _take_turns(providers: list[Provider], case: Case, budget: float) -> dict[str, list[dict[str, float]]]:
-    times = {provider.name: [] for provider in providers}
+def _captured(providers: list[Provider], rows: dict[str, dict]) -> dict[str, Callable[[], dict[str, float]]]:
+    """For each provider that CUDA graphs can hold what times them; the rows of the others say why they cannot."""
+    torch.cuda.empty_cache()
+    captures = Captures()
+    found = {p.name: {"replay": partial(_once, p), "replay_no_grad": partial(_evaluate, p)} for p in providers}
+    for stage in (captures.checked, captures.timer):  # all are checked before a graph takes memory for good
+        for name, works in list(found.items()):
+            try:
+                found[name] = {phase: stage(work) for phase, work in works.items()}
+            except NotCaptured as reason:
+                rows[name]["replay_status"] = f"not captured: {reason}"
+                del found[name]
+    for name in found:
+        rows[name]["replay_status"] = "ok"
+    return {name: partial(_all_of, timers) for name, timers in found.items()}
+
+
+def _all_of(timers: dict[str, Callable[[], float]]) -> dict[str, float]:
+    return {phase: seconds() for phase, seconds in timers.items()}
+
+
+def _take_turns(
+    timers: dict[str, Callable[[], dict[str, float]]], least_rounds: int, budget: float
+) -> dict[str, list[dict[str, float]]]:
+    """What the timers gave, by name; each turn begins with another, so that nobody always follows the same neighbour's
+    cache."""
+    times = {name: [] for name in timers}
     gc.collect()
     gc.disable()
     try:
-        for provider in providers if case.evaluated else ():  # compiles what wants no gradient; all else has run
-            _timed(provider, case)
-        round_seconds = sum(sum(_timed(provider, case).values()) for provider in providers)
-        rounds = min(MAX_ROUNDS, max(case.least_rounds, int(budget / max(round_seconds, 1e-9))))
-        for turn in range(rounds):
-            first = turn % max(len(providers), 1)  # nobody always follows the same neighbour's cache
-            for provider in providers[first:] + providers[:first]:
-                times[provider.name].append(_timed(provider, case))
+        round_seconds = sum(sum(timer().values()) for timer in timers.values())
+        rounds = min(MAX_ROUNDS, max(least_rounds, int(budget / max(round_seconds, 1e-9))))
+        names = list(timers)
+        for turn in range(rounds if timers else 0):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                times[name].append(timers[name]())
     finally:
         gc.enable()
     return times
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Milliseconds of every phase: the median, and the 20th and 80th percentiles."""
+    row = {}
+    for phase in rounds[0]:
+        samples = [1e3 * taken[phase] for taken in rounds]
+        low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
+        row |= {f"{phase}_ms": statistics.median(samples), f"{phase}_p20_ms": low, f"{phase}_p80_ms": high}
+    return row
 
 
 def peak_extra_bytes(compute: Callable[[], Any], device: str) -> int:
@@ -202,8 +275,12 @@ def _add_multiples(case: Case, rows: dict[str, dict]) -> None:
             row |= {"compared_with": case.compared_with, "multiple": row["both_ms"] / unit, "goal": provider.goal}
 
 
-def _add_fractions_of_the_limit(rows) -> None:
-    limit = min((row["both_ms"] for row in rows if row["role"] == "limit" and "both_ms" in row), default=None)
+def _add_fractions_of_the_limit(case: Case, rows) -> None:
+    timed = "replay_ms" if case.replayed else "both_ms"
+    limits = [Limit(row["provider"], row[timed]) for row in rows if row["role"] == "limit" and timed in row]
+    limit = case.limit or min(limits, key=lambda limit: limit.ms, default=None)
     for row in rows:
-        if limit is not None and "both_ms" in row:
-            row["fraction_of_limit"] = limit / row["both_ms"]
+        if limit is not None and timed in row:
+            row |= {
+                "fraction_of_limit": limit.ms / row[timed], "limit": limit.name, "limit_goal": case.limit_goal,
+            }  # fmt: skip

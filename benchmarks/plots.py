@@ -1,4 +1,4 @@
-"""Plots of measured rows: time and memory against length, and ratios as bars."""
+"""Plots of measured rows: time, memory and fraction of the limit against length, and ratios as bars."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -8,7 +8,9 @@ from fastkd.benchmarks.report import by_case, ratios, title_of
 
 
 def save_plots(rows: list[dict], folder: Path, stem: str) -> list[Path]:
-    """Write STEM-time.png, STEM-memory.png and STEM-ratio.png from rows of one allocator; returns their paths."""
+    """Write STEM-time.png, STEM-memory.png and STEM-ratio.png from rows of one allocator, and STEM-limit.png where they
+    have a fraction of the limit; returns the paths.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -16,16 +18,21 @@ def save_plots(rows: list[dict], folder: Path, stem: str) -> list[Path]:
     if not timed:
         return []
     folder.mkdir(parents=True, exist_ok=True)
+    limited = [row for row in timed if "fraction_of_limit" in row]
     return [
         _against_length(timed, lambda row: 1e3 * row["both_ms"] / row["tokens"], "µs per valid token",
                         folder / f"{stem}-time.png"),
         _against_length(timed, lambda row: row["peak_extra_bytes"] / row["tokens"], "peak extra bytes per valid token",
                         folder / f"{stem}-memory.png"),
         _ratio_bars(timed, folder / f"{stem}-ratio.png"),
+        *([_against_length(limited, lambda row: row["fraction_of_limit"], "fraction of the limit",
+                           folder / f"{stem}-limit.png", yscale="linear")] if limited else []),
     ]  # fmt: skip
 
 
-def _against_length(rows: list[dict], value: Callable[[dict], float], label: str, path: Path) -> Path:
+def _against_length(
+    rows: list[dict], value: Callable[[dict], float], label: str, path: Path, yscale: str = "log"
+) -> Path:
     """One panel for each combination of the other dimensions; per token, so that the batch may differ."""
     from matplotlib import pyplot
 
@@ -45,8 +52,9 @@ def _against_length(rows: list[dict], value: Callable[[dict], float], label: str
         for provider, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=provider)
         axis.set_title(title, fontsize=8)
-        axis.set(xlabel="length", ylabel=label, yscale="log")
+        axis.set(xlabel="length", ylabel=label, yscale=yscale)
         axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0 if yscale == "linear" else None)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     return _saved(figure, path)

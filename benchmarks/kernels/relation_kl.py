@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.benchmarks.harness import Case, Provider
+from fastkd.benchmarks.harness import Case, Provider, free_bytes
+from fastkd.benchmarks.kernels._cpu_limit import arithmetic_at_peak
+from fastkd.benchmarks.kernels._cuda_limit import binding_limit, measured_peaks
 from fastkd.ops import backends, relation_kl
+from fastkd.ops.fastest import LENGTHS, WIDTHS
 from fastkd.ops.relation_kl import eager_relation_kl
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -19,12 +22,42 @@ _EDGES = [(1, 12, 16, 32, 64), (32, 12, 128, 26, 64), (2, 12, 4096, 32, 64)]
 SHAPES = {"tiny": [(3, 2, 20, 4, 8)], "small": _MAIN, "full": _MAIN + _BY_LENGTH + _EDGES}
 
 
+_MAIN_ON_CUDA = [(32, 48, 512, 16, 16), (32, 12, 512, 32, 64)]
+# One for each class of fastkd/ops/fastest.py, of as many tokens.
+_CLASSES = [(16384 // length, 12, length, width, width) for width in WIDTHS for length in LENGTHS]
+SHAPES_ON_CUDA = {"tiny": SHAPES["tiny"], "small": _MAIN_ON_CUDA, "full": _MAIN_ON_CUDA + _EDGES + _CLASSES}
+GOAL_ON_CUDA = 0.55  # of the limit, in bf16
+
+
 def cases(shapes: str, device: str):
     """Every shape, full and ragged, in every dtype; made one at a time, because the tensors are large."""
-    for shape in SHAPES[shapes]:
+    for shape in (SHAPES_ON_CUDA if device == "cuda" else SHAPES)[shapes]:
         for ragged in (False, True):
             for dtype in DTYPES:
                 yield case(*shape, ragged=ragged, dtype=dtype, device=device)
+    if device == "cuda" and shapes != "tiny":
+        for shape in longest_shapes(free_bytes(device)):
+            for dtype in DTYPES:
+                yield case(*shape, ragged=False, dtype=dtype, device=device)
+
+
+def eager_bytes(sequences: int, heads: int, length: int, itemsize: int) -> int:
+    """What the eager form holds at once for forward and backward: measured are 5 to 6 score matrices."""
+    return 6 * itemsize * sequences * heads * length**2
+
+
+def longest_shapes(free: int) -> list[tuple[int, ...]]:
+    """The main shapes at the longest length, by doubling, at which eager fits into `free` bytes: in bf16, and where
+    that is another one, in fp32, in which a softmax in fp32 fits, too.
+    """
+    found = []
+    for sequences, heads, length, *widths in _MAIN_ON_CUDA:
+        for itemsize in (2, 4):
+            longest = length
+            while eager_bytes(sequences, heads, 2 * longest, itemsize) <= free:
+                longest *= 2
+            found.append((sequences, heads, longest, *widths))
+    return [shape for shape in dict.fromkeys(found) if shape not in _MAIN_ON_CUDA]
 
 
 def ragged_lengths(batch: int, length: int) -> Tensor:
@@ -59,6 +92,9 @@ def case(
     def eager() -> Tensor:
         return eager_relation_kl((student, student), (teacher, teacher), lengths, num_heads).sum() / batch
 
+    def softmax_in_fp32() -> Tensor:
+        return eager_with_fp32_softmax(student, teacher, lengths, num_heads)
+
     def loop() -> Tensor:
         return sample_loop(student, teacher, sizes, num_heads)
 
@@ -66,11 +102,13 @@ def case(
         def forward():
             return relation_kl(student, teacher, num_heads, mask=mask, backend=backend)
 
-        scores_needed = scores if backend == "reference" else 0
-        return Provider(f"fastkd {backend}", forward, gradient, "fastkd", scores_needed)
+        return Provider(f"fastkd {backend}", forward, gradient, "fastkd", in_fp32 if backend == "reference" else 0)
 
     torch._dynamo.reset()  # without it the second shape would be timed in the code for dynamic shapes
-    scores = 10 * batch * num_heads * length**2 * 4  # what about ten score matrices of autograd take
+    scores, in_fp32 = (eager_bytes(batch, num_heads, length, itemsize) for itemsize in (dtype.itemsize, 4))
+    on_cuda = device == "cuda"
+    mixed = on_cuda and dtype != torch.float32
+    peaks = measured_peaks() if on_cuda else None
     return Case(
         op="relation_kl",
         shape={
@@ -84,12 +122,16 @@ def case(
         exact=lambda precision: _one_head_at_a_time(student, teacher, sizes, num_heads, precision),
         providers=[
             Provider("eager", eager, gradient, needs_bytes=scores),
+            *([Provider("eager, fp32 softmax", softmax_in_fp32, gradient, needs_bytes=in_fp32)] if mixed else []),
             Provider("torch.compile", torch.compile(eager, dynamic=False), gradient, needs_bytes=scores),
             Provider("sample loop", loop, gradient, needs_bytes=scores),
             *(fused(name) for name in backends.BACKENDS if _runs(name, device, dtype)),
-            _bare_products(student, teacher, sizes, num_heads, scores // 5),
-            _arithmetic(num_heads * sum(n * n for n in sizes), width, teacher_width, dtype, device),
+            _bare_products(student, teacher, sizes, num_heads, scores // 2),
+            *([] if on_cuda else [arithmetic_at_peak(sizes, num_heads, width, teacher_width, dtype)]),
         ],
+        limit=peaks and binding_limit(peaks, sizes, num_heads, width, teacher_width, dtype),
+        limit_goal=GOAL_ON_CUDA if peaks and dtype == torch.bfloat16 else None,
+        width=max(width, teacher_width),
     )  # fmt: skip
 
 
@@ -108,6 +150,21 @@ def _one_head_at_a_time(student: Tensor, teacher: Tensor, sizes: list[int], num_
             loss += one.detach().double().cpu()
             g.copy_(torch.autograd.grad(one, x)[0][0])
     return loss.to(dtype).to(student.device), grad
+
+
+def eager_with_fp32_softmax(student: Tensor, teacher: Tensor, lengths: Tensor, num_heads: int) -> Tensor:
+    """The eager form as mixed precision has it: products in the tensors' dtype, softmax and divergence in fp32."""
+    valid = torch.arange(student.shape[1], device=student.device) < lengths[:, None]
+    pairs = (valid[:, :, None] & valid[:, None])[:, None]
+
+    def log_relations(x: Tensor) -> Tensor:
+        heads = x.masked_fill(~valid[:, :, None], 0).unflatten(2, (num_heads, -1)).transpose(1, 2)
+        scores = heads @ heads.transpose(2, 3) / math.sqrt(heads.shape[-1])
+        return scores.masked_fill(~pairs, torch.finfo(scores.dtype).min).log_softmax(-1, dtype=torch.float32)
+
+    log_student, log_teacher = log_relations(student), log_relations(teacher)
+    divergence = (log_teacher.exp() * (log_teacher - log_student)).masked_fill(~pairs, 0).sum((1, 2, 3))
+    return (divergence / (num_heads * lengths)).mean()
 
 
 def sample_loop(student: Tensor, teacher: Tensor, sizes: list[int], num_heads: int) -> Tensor:
@@ -141,25 +198,3 @@ def _bare_products(student: Tensor, teacher: Tensor, sizes: list[int], num_heads
         return tuple(own @ x for (own, _), x in zip(scores, students, strict=True))
 
     return Provider("bare matmuls", forward, backward, "limit", needs_bytes)
-
-
-def _arithmetic(pairs: int, width: int, teacher_width: int, dtype: torch.dtype, device: str) -> Provider:
-    """As much arithmetic as the symmetric algorithm needs, at the speed at which this machine does it best.
-
-    For `pairs` of tokens of one head each: the upper triangle of both score matrices and one whole product for the
-    gradient, as square products in a cache; one exponential for each pair, half of them the student's, in place in a
-    cache. Nothing else: no loads of operands, no sums over rows, no layout.
-    """
-    size, chunk = 1024, 2**17
-    rows = max(1, round(pairs * (width + teacher_width + 2 * width) / (2 * size**2)))
-    left, right = (torch.randn(n, size, device=device).to(dtype) for n in (rows, size))
-    scores = torch.randn(chunk, device=device)
-    out = torch.empty_like(scores)
-
-    def forward():
-        product = left @ right
-        for start in range(0, pairs, chunk):
-            torch.exp(scores[: pairs - start], out=out[: pairs - start])
-        return product
-
-    return Provider("arithmetic alone", forward, lambda product: (), "limit")

@@ -117,6 +117,7 @@ def case(batch: int, num_heads: int, length: int, teacher, student, *, dtype: to
             provider("no loss, stopped", _free, stop=True, role="limit"),
         ],
         evaluated=False,
+        limit_goal=0.95,
     )  # fmt: skip
 
 

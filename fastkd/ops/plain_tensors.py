@@ -15,7 +15,7 @@ def check_plain(op: str, name: str, x: Tensor, *, eager: str | None = None, vmap
         vmap: whether the op may be called under `torch.vmap`.
 
     Raises:
-        TypeError: a DTensor, or a sparse layout.
+        TypeError: a DTensor, a nested tensor, or a sparse layout.
         RuntimeError: forward-mode differentiation, whose derivative would silently be lost, or a transform of
             `torch.func`. Backward and `torch.autograd.grad` are what the ops have.
     """
@@ -23,6 +23,8 @@ def check_plain(op: str, name: str, x: Tensor, *, eager: str | None = None, vmap
         raise TypeError(f"{name} is a DTensor; call {op} on the local tensor ({name}.to_local())")
     if x.layout is not torch.strided:
         raise TypeError(f"{name} has the layout {x.layout}; {op} reads dense tensors: {name}.to_dense()")
+    if x.is_nested:  # in strides; a jagged one has a layout of its own
+        raise TypeError(f"{name} is a nested tensor; {op} reads dense tensors: {name}.to_padded_tensor(0.0)")
     if torch.compiler.is_compiling():
         return
     if _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:

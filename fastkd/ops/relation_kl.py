@@ -294,6 +294,8 @@ def relation_kl(
     _check_operands(lefts, rights, num_heads, cu_seqlens is not None)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}; allowed are 'mean', 'sum' and 'none'")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, not {type(causal).__name__}")
     x = lefts["student"]
     # A double-precision teacher asks for the same backends as a double-precision student.
     dtype = torch.float64 if torch.float64 in (x.dtype, lefts["teacher"].dtype) else x.dtype

@@ -19,6 +19,11 @@ def layout(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit; on the CPU also offsets that do not.
     """
+    for name, given in (("mask", mask), ("cu_seqlens", cu_seqlens)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(given).__name__}")
+    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))):
+        raise TypeError(f"max_seqlen must be an int, not {type(max_seqlen).__name__}")
     if cu_seqlens is not None:
         if mask is not None:
             raise ValueError("mask and cu_seqlens were both given; a packed batch has no mask")

@@ -25,6 +25,8 @@ def check_vectors(op: str, student: Tensor, teacher: Tensor, mask: Tensor | None
             raise ValueError(f"teacher has shape {tuple(x.shape)}, the student {tuple(student.shape)}{hint}")
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"teacher requires a gradient; {op} gives none to the teacher: detach it")
+    if tokens is not None and not isinstance(tokens, bool):
+        raise TypeError(f"tokens must be a bool, not {type(tokens).__name__}")
     if mask is None and tokens is None and student.dim() == 3:
         raise ValueError(
             f"student has shape {tuple(student.shape)}: say tokens=True for (B, L, D) or tokens=False for (M, B, D)"

@@ -13,15 +13,19 @@ from fastkd.benchmarks import machine
 from fastkd.benchmarks.harness import Provider, measure, peak_extra_bytes
 from fastkd.benchmarks.kernels import SUITE as kernels
 from fastkd.benchmarks.kernels.relation_kl import DTYPES, SHAPES, case, ragged_lengths
+from fastkd.benchmarks.plots import save_plots
 from fastkd.benchmarks.report import COLUMNS, fastest_fastkd, losses_of, print_tables, ratios
+
+
+def without_compiled(made):
+    """The case without the providers that take longer to compile than all the rest to run."""
+    made.providers[:] = [p for p in made.providers if p.name not in ("torch.compile", "arithmetic at peak")]
+    return made
 
 
 @pytest.fixture
 def tiny():
-    """A case without its compiled provider, which takes longer to build than all the rest to run."""
-    made = case(*SHAPES["tiny"][0], ragged=True, dtype=torch.float32, device="cpu")
-    made.providers[:] = [provider for provider in made.providers if provider.name != "torch.compile"]
-    return made
+    return without_compiled(case(*SHAPES["tiny"][0], ragged=True, dtype=torch.float32, device="cpu"))
 
 
 def measured(tiny) -> dict[str, dict]:
@@ -66,9 +70,8 @@ def test_a_provider_that_does_not_fit_in_memory_is_not_run(tiny):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 def test_all_providers_of_relation_kl_agree(ragged, dtype):
-    with_compile = case(*SHAPES["tiny"][0], ragged=ragged, dtype=dtype, device="cpu")
-    with_compile.providers[:] = [provider for provider in with_compile.providers if provider.name != "torch.compile"]
-    assert {row["status"] for row in measure(with_compile, budget=0.0)} == {"ok"}
+    made = without_compiled(case(*SHAPES["tiny"][0], ragged=ragged, dtype=dtype, device="cpu"))
+    assert {row["status"] for row in measure(made, budget=0.0)} == {"ok"}
 
 
 def test_ragged_lengths_are_fixed():
@@ -129,6 +132,18 @@ def test_ratios_are_taken_against_the_fastest_backend_and_lost_cases_are_named(c
     assert "3.00 (5.00)" in shown and "fastkd is slower here" in shown
 
 
+def test_time_memory_and_the_fraction_of_the_limit_are_plotted_against_length(tmp_path):
+    rows = [
+        row_of(*made) | {"length": 8, "tokens": 8, "peak_extra_bytes": 8}
+        for made in (("eager", "baseline", 6.0), ("cpp", "fastkd", 2.0))
+    ]
+    names = [file.name for file in save_plots(rows, tmp_path, "op-cpu")]
+    assert names == ["op-cpu-time.png", "op-cpu-memory.png", "op-cpu-ratio.png"]
+    limited = [row | {"fraction_of_limit": 1 / row["both_ms"]} for row in rows]
+    assert [file.name for file in save_plots(limited, tmp_path, "op-cpu")] == [*names, "op-cpu-limit.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in (*names, "op-cpu-limit.png"))
+
+
 @pytest.mark.slow
 def test_the_command_measures_under_both_allocators_and_writes_files(tmp_path):
     command = [
@@ -157,6 +172,6 @@ def test_the_command_measures_under_both_allocators_and_writes_files(tmp_path):
     assert {json.loads(row["shape"])["fill"] for row in rows} == {"full", "ragged"}
     assert all(row["anyway"] == "True" and row["torch"] == torch.__version__ and row["cpu"] for row in rows)
     assert {file.name for file in tmp_path.glob("*.png")} == {
-        f"relation_kl-cpu-{plot}.png" for plot in ("time", "memory", "ratio")
+        f"relation_kl-cpu-{plot}.png" for plot in ("time", "memory", "ratio", "limit")
     }
     assert "fastkd reference" in done.stdout

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastkd.benchmarks.harness import measure
+from fastkd.benchmarks.report import print_tables
 from fastkd.benchmarks.steps import SUITE
 from fastkd.benchmarks.steps.arc import SHAPES, case
 
@@ -36,3 +37,12 @@ def test_an_unknown_recipe_is_refused():
     assert SUITE.names == ("arc", "egkd")
     with pytest.raises(ValueError, match="recipe='bert'; allowed are arc, egkd"):
         SUITE.main("bert")
+
+
+def test_the_share_of_what_a_free_loss_would_give_is_printed_and_evaluation_is_not_spoken_of(capsys):
+    made = case(*SHAPES["tiny"][0], dtype=torch.float32, device="cpu")
+    rows = [row | {"allocator": "default"} for row in measure(made, budget=0.0)]
+    print_tables(rows, ["default"])
+    printed = capsys.readouterr().out
+    assert "no loss, stopped" in printed and "× over sample loop" in printed and "of that speed (goal: 95%)" in printed
+    assert "no grad" not in printed and "without grad" not in printed

@@ -25,6 +25,11 @@ REFUSED = {
         ValueError,
         r"say tokens=True for \(B, L, D\) or tokens=False for \(M, B, D\)",
     ),
+    "tokens of another type": (
+        lambda: cos_nce(TOKENS, TOKENS_TEACHER, tokens="yes"),
+        TypeError,
+        "tokens must be a bool, not str",
+    ),
     "one dimension": (lambda: cos_nce(STUDENT[0], TEACHER[0]), ValueError, r"expected vectors \(B, D\)"),
     "four dimensions of vectors": (
         lambda: cos_nce(TOKENS[None], TOKENS_TEACHER[None], tokens=False),

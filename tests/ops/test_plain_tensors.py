@@ -5,7 +5,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import func
 
-from fastkd.ops import cos_nce, relation_kl, sparse_embedding
+from fastkd.ops import attribution_distance, cos_nce, relation_kl, sparse_embedding
 from fastkd.ops.cos_nce import eager_cos_nce
 from fastkd.ops.sparse_arrays import Arrays
 from fastkd.ops.sparse_embedding import embedding_block
@@ -125,6 +125,25 @@ def test_a_sparse_layout_is_refused_by_name(op):
     function, name, x = op
     with pytest.raises(TypeError, match=rf"{name} has the layout torch\.sparse_coo; \w+ reads dense tensors: {name}"):
         function(x.to_sparse())
+
+
+NESTED_IN = {
+    "relation_kl": (lambda x: relation_kl(x, x, 2), "student"),
+    "relation_kl of a pair": (lambda x: relation_kl((TEACHER[None], x), (x, x), 2), "student"),
+    "cos_nce": (lambda x: cos_nce(x, x, tokens=True), "student"),
+    "cos_nce's negatives": (lambda x: cos_nce(STUDENT, TEACHER, negatives=x), "negatives"),
+    "attribution_distance": (lambda x: attribution_distance(x, None, STUDENT[None]), "gradient"),
+    "sparse_embedding": (lambda x: sparse_embedding(x.long(), CODE), "ids"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(("function", "name"), NESTED_IN.values(), ids=NESTED_IN)
+def test_a_nested_tensor_is_refused_by_name(function, name):
+    with pytest.raises(
+        TypeError, match=rf"{name} is a nested tensor; \w+ reads dense tensors: {name}.to_padded_tensor"
+    ):
+        function(torch.nested.nested_tensor([STUDENT, STUDENT[:1]]))
 
 
 def test_a_layout_without_strides_is_refused_by_name():

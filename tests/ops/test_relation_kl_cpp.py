@@ -270,7 +270,7 @@ def step(length):
 for length in [*range(1, 200, 5), 400, 400]:  # every shape of the last tile, and the largest allocation
     step(length)
 before = resident()
-for _ in range(300):
+for _ in range(1000):
     step(random.randint(1, 400))
 print((resident() - before) / 2**20)
 """

@@ -102,6 +102,11 @@ REFUSED = {
         ValueError,
         r"mask has shape \(2, 5\).*asks for \(2, 6\)",
     ),
+    "a list for a mask": (
+        lambda: relation_kl(STUDENT, TEACHER, 12, mask=[[1] * 6] * 2),
+        TypeError,
+        "mask must be a tensor, not list",
+    ),
     "an additive mask": (
         lambda: relation_kl(STUDENT, TEACHER, 12, mask=torch.zeros(2, 6)),
         TypeError,
@@ -116,6 +121,11 @@ REFUSED = {
         lambda: relation_kl(PACKED, PACKED_TEACHER, 2, mask=torch.ones(1, 12), cu_seqlens=torch.tensor([0, 12])),
         ValueError,
         "mask and cu_seqlens were both given",
+    ),
+    "a list for offsets": (
+        lambda: relation_kl(PACKED, PACKED_TEACHER, 2, cu_seqlens=[0, 12]),
+        TypeError,
+        "cu_seqlens must be a tensor, not list",
     ),
     "offsets of another dtype": (
         lambda: relation_kl(PACKED, PACKED_TEACHER, 2, cu_seqlens=torch.tensor([0.0, 12.0])),
@@ -146,6 +156,16 @@ REFUSED = {
         lambda: relation_kl(PACKED, PACKED_TEACHER, 2, cu_seqlens=torch.tensor([0, 12]), max_seqlen=11),
         ValueError,
         "max_seqlen=11, but cu_seqlens holds a sequence of 12",
+    ),
+    "max_seqlen of another type": (
+        lambda: relation_kl(PACKED, PACKED_TEACHER, 2, cu_seqlens=torch.tensor([0, 12]), max_seqlen=12.0),
+        TypeError,
+        "max_seqlen must be an int, not float",
+    ),
+    "causal of another type": (
+        lambda: relation_kl(STUDENT, TEACHER, 12, causal="yes"),
+        TypeError,
+        "causal must be a bool, not str",
     ),
     "max_seqlen without offsets": (
         lambda: relation_kl(STUDENT, TEACHER, 12, max_seqlen=6),
