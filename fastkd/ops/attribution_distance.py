@@ -27,8 +27,6 @@ Forward returns the distance and the gradients, with the factors 1/(B n_b) in th
 where upstream is one; in fp16, where they would underflow, backward multiplies by them.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -49,8 +47,7 @@ _SCHEMA = (
     " bool gradient_wanted, bool inputs_wanted) -> (Tensor, Tensor, Tensor)"
 )
 _KERNEL_BACKENDS = ("reference", "cpp", "triton", "cuda")
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = (*_KERNEL_DTYPES, torch.float64)
+_DTYPES = (*backends.KERNEL_DTYPES, torch.float64)
 
 
 def eager_attribution_distance(
@@ -167,35 +164,7 @@ _library.impl("attribution_distance_triton", _triton, "CUDA")
 _OPS = {name: getattr(torch.ops.fastkd, f"attribution_distance_{name}").default for name in _KERNEL_BACKENDS}
 
 
-def _cpp_support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ kernel runs on the CPU, the tensors are on {device.type}"
-    if dtype not in _KERNEL_DTYPES:
-        return f"the C++ kernel takes float32, bfloat16 and float16, not {dtype}"
-    return backends.cpu_library_missing
-
-
-def _gpu_support(kernel: str, missing: Callable[[], str | None]) -> backends.Support:
-    def support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-        if device.type != "cuda":
-            return f"the {kernel} kernel runs on CUDA devices, the tensors are on {device.type}"
-        if dtype not in _KERNEL_DTYPES:
-            return f"the {kernel} kernel takes float32, bfloat16 and float16, not {dtype}"
-        return missing()
-
-    return support
-
-
-backends.register(
-    "attribution_distance",
-    {
-        "reference": lambda device, dtype, width: None,
-        "cpp": _cpp_support,
-        "triton": _gpu_support("Triton", lambda: None if backends.triton_installed else "triton is not installed"),
-        "cuda": _gpu_support("CUDA", lambda: backends.cuda_library_missing),
-    },
-    {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
-)
+backends.register_kernels("attribution_distance")
 
 
 class _AttributionDistance(torch.autograd.Function):

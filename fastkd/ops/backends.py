@@ -26,6 +26,9 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 # the rows the kernel works on (one relation head, for relation_kl); 0 asks about ordinary ones.
 Support = Callable[[torch.device, torch.dtype, int], str | None]
 
+# What the kernels of an op take, unless it says otherwise.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 _logger = logging.getLogger("fastkd")
 _told: set[str] = set()
 _default = "auto"
@@ -43,6 +46,37 @@ def register(op: str, supports: dict[str, Support], preferred: dict[str, tuple[s
     """Declare an op's backends, and for each device type the order in which `"auto"` tries them."""
     _supports[op] = supports
     _preferences[op] = preferred
+
+
+def register_kernels(op: str, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES, widest: int | None = None) -> None:
+    """`register` an op that has a reference and all kernels: C++ on the CPU, Triton and CUDA C++ on CUDA devices.
+
+    dtypes: what the kernels take. widest: the width up to which those on CUDA devices take it; None is any.
+    """
+    *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    taken = f"{', '.join(names)} and {last}"
+
+    def kernel(name: str, device_type: str, missing: Callable[[], str | None], widest: int | None = None) -> Support:
+        where = {"cpu": "the CPU", "cuda": "CUDA devices"}[device_type]
+
+        def support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+            if device.type != device_type:
+                return f"the {name} kernel runs on {where}, the tensors are on {device.type}"
+            if dtype not in dtypes:
+                return f"the {name} kernel takes {taken}, not {dtype}"
+            if widest is not None and width > widest:
+                return f"the {name} kernel takes widths up to {widest}, not {width}"
+            return missing()
+
+        return support
+
+    supports = {
+        "reference": lambda device, dtype, width: None,
+        "cpp": kernel("C++", "cpu", lambda: cpu_library_missing),
+        "triton": kernel("Triton", "cuda", lambda: None if triton_installed else "triton is not installed", widest),
+        "cuda": kernel("CUDA", "cuda", lambda: cuda_library_missing, widest),
+    }
+    register(op, supports, {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")})
 
 
 def registered_ops() -> tuple[str, ...]:

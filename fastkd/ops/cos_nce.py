@@ -26,8 +26,6 @@ Forward returns the loss and, where the student needs it, its gradient with the 
 backward has nothing to do where upstream is one; in fp16, where they would underflow, backward multiplies by them.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -56,7 +54,6 @@ _SCHEMAS = {
     ),
 }
 _KERNEL_BACKENDS = ("reference", "cpp", "triton", "cuda")
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def eager_cos_nce(student: Tensor, teacher: Tensor, negatives: Tensor, pairs: Tensor) -> Tensor:
@@ -173,35 +170,7 @@ _SUMS, _LOSS = (
 )
 
 
-def _cpp_support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ kernel runs on the CPU, the tensors are on {device.type}"
-    if dtype not in _KERNEL_DTYPES:
-        return f"the C++ kernel takes float32, bfloat16 and float16, not {dtype}"
-    return backends.cpu_library_missing
-
-
-def _gpu_support(kernel: str, missing: Callable[[], str | None]) -> backends.Support:
-    def support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-        if device.type != "cuda":
-            return f"the {kernel} kernel runs on CUDA devices, the tensors are on {device.type}"
-        if dtype not in _KERNEL_DTYPES:
-            return f"the {kernel} kernel takes float32, bfloat16 and float16, not {dtype}"
-        return missing()
-
-    return support
-
-
-backends.register(
-    "cos_nce",
-    {
-        "reference": lambda device, dtype, width: None,
-        "cpp": _cpp_support,
-        "triton": _gpu_support("Triton", lambda: None if backends.triton_installed else "triton is not installed"),
-        "cuda": _gpu_support("CUDA", lambda: backends.cuda_library_missing),
-    },
-    {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
-)
+backends.register_kernels("cos_nce")
 
 
 class _CosNce(torch.autograd.Function):

@@ -20,7 +20,6 @@ backward has nothing to do where upstream is one; in fp16, where it would underf
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -66,9 +65,6 @@ class Call(NamedTuple):
     causal: bool
     divisor: int
     with_grad: bool
-
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _heads(x: Tensor, valid: Tensor, num_heads: int) -> Tensor:
@@ -177,37 +173,7 @@ _library.impl("relation_kl_triton", _triton, "CUDA")
 _OPS = {name: getattr(torch.ops.fastkd, f"relation_kl_{name}").default for name in _KERNEL_BACKENDS}
 
 
-def _cpp_support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ kernel runs on the CPU, the tensors are on {device.type}"
-    if dtype not in _KERNEL_DTYPES:
-        return f"the C++ kernel takes float32, bfloat16 and float16, not {dtype}"
-    return backends.cpu_library_missing
-
-
-def _gpu_support(kernel: str, missing: Callable[[], str | None]) -> backends.Support:
-    def support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-        if device.type != "cuda":
-            return f"the {kernel} kernel runs on CUDA devices, the tensors are on {device.type}"
-        if dtype not in _KERNEL_DTYPES:
-            return f"the {kernel} kernel takes float32, bfloat16 and float16, not {dtype}"
-        if width > 128:
-            return f"the {kernel} kernel takes relation heads up to 128 wide, not {width}"
-        return missing()
-
-    return support
-
-
-backends.register(
-    "relation_kl",
-    {
-        "reference": lambda device, dtype, width: None,
-        "cpp": _cpp_support,
-        "triton": _gpu_support("Triton", lambda: None if backends.triton_installed else "triton is not installed"),
-        "cuda": _gpu_support("CUDA", lambda: backends.cuda_library_missing),
-    },
-    {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
-)
+backends.register_kernels("relation_kl", widest=128)
 
 
 class _RelationKL(torch.autograd.Function):
@@ -353,7 +319,7 @@ def _check_operands(lefts: dict[str, Tensor], rights: dict[str, Tensor], num_hea
             what = f"{name} ({side})" if rights else name
             if x.dim() != dims:
                 raise ValueError(f"{what} has shape {tuple(x.shape)}; expected {form}")
-            if not x.is_floating_point() or x.dtype not in (*_KERNEL_DTYPES, torch.float64):
+            if not x.is_floating_point() or x.dtype not in (*backends.KERNEL_DTYPES, torch.float64):
                 raise TypeError(f"{what} is {x.dtype}; allowed are float32, bfloat16, float16 and float64")
             if x.shape[-1] == 0:
                 raise ValueError(f"{what} has shape {tuple(x.shape)}: its width is zero")

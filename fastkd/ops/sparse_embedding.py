@@ -22,8 +22,6 @@ The embedding block of a BERT encoder adds to each token the row of its position
     block = (x − mean(x)) / √(var(x) + eps) · norm_weight + norm_bias       mean and biased variance over the D numbers
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -183,36 +181,8 @@ _FORWARD, _BACKWARD, _BLOCK = (
 )
 
 
-def _cpp_support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ kernel runs on the CPU, the tensors are on {device.type}"
-    if dtype == torch.float64:
-        return "the C++ kernel reads and writes no float64"
-    return backends.cpu_library_missing
-
-
-def _gpu_support(kernel: str, missing: Callable[[], str | None]) -> backends.Support:
-    def support(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-        if device.type != "cuda":
-            return f"the {kernel} kernel runs on CUDA devices, the tensors are on {device.type}"
-        if dtype == torch.float64:
-            return f"the {kernel} kernel reads and writes no float64"
-        return missing()
-
-    return support
-
-
 # Also for backward and the block, which follow the backend of the lookup.
-backends.register(
-    "sparse_embedding",
-    {
-        "reference": lambda device, dtype, width: None,
-        "cpp": _cpp_support,
-        "triton": _gpu_support("Triton", lambda: None if backends.triton_installed else "triton is not installed"),
-        "cuda": _gpu_support("CUDA", lambda: backends.cuda_library_missing),
-    },
-    {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
-)
+backends.register_kernels("sparse_embedding", (*backends.KERNEL_DTYPES, torch.int8))
 
 
 class _SparseEmbedding(torch.autograd.Function):

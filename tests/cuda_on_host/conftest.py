@@ -12,26 +12,36 @@ import torch
 from fastkd.ops import backends, sequences
 from fastkd.ops.relation_kl import Call
 
-SOURCE = Path(__file__).with_name("relation_kl_on_host.cpp")
+HERE = Path(__file__).parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no C++ compiler: {compiler} is not there")
-    if backends.cuda_library is not None:
-        pytest.skip("the CUDA library is loaded; its kernels run on the GPU, tests/ops proves them there")
-    path = tmp_path_factory.mktemp("cuda_on_host") / "relation_kl.so"
-    installed = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    links = ["-L", installed / "lib", "-ltorch", "-ltorch_cpu"]
-    command = [compiler, *flags, "-I", installed / "include", SOURCE, *links, "-o", path]
-    subprocess.run([*map(str, command)], check=True)
-    torch.ops.load_library(path)
-    return ctypes.CDLL(str(path))
+def compile_on_host(tmp_path_factory):
+    """compile_on_host(op) -> the library of <op>_on_host.cpp, whose op is loaded into torch."""
+
+    def compiled(op: str, optimisation: str = "-O1") -> ctypes.CDLL:
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            pytest.skip(f"no C++ compiler: {compiler} is not there")
+        if backends.cuda_library is not None:
+            pytest.skip("the CUDA library is loaded; its kernels run on the GPU, tests/ops proves them there")
+        source, path = HERE / f"{op}_on_host.cpp", tmp_path_factory.mktemp("cuda_on_host") / f"{op}.so"
+        installed = Path(torch.__file__).parent
+        flags = ["-std=c++20", optimisation, "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+        flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        links = ["-L", installed / "lib", "-ltorch", "-ltorch_cpu"]
+        command = [compiler, *flags, "-I", installed / "include", source, *links, "-o", path]
+        subprocess.run([*map(str, command)], check=True)
+        torch.ops.load_library(path)
+        return ctypes.CDLL(str(path))
+
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def library(compile_on_host):
+    return compile_on_host("relation_kl", "-O2")
 
 
 @pytest.fixture

@@ -3,18 +3,12 @@ threads, against the reference in fp64."""
 
 import ctypes
 import itertools
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastkd.benchmarks.accuracy import FLOORS, judge
-from fastkd.ops import backends
 
-SOURCE = Path(__file__).with_name("attribution_distance_on_host.cpp")
 REFERENCE = torch.ops.fastkd.attribution_distance_reference.default
 fp32, bf16, fp16, fp64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = [fp32, bf16, fp16]
@@ -24,21 +18,8 @@ WIDTHS = [1, 3, 4, 5, 7, 8, 9, 17, 31, 128, 300, 312, 511, 512, 516, 520, 1030]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no C++ compiler: {compiler} is not there")
-    if backends.cuda_library is not None:
-        pytest.skip("the CUDA library is loaded; its kernels run on the GPU, tests/ops proves them there")
-    path = tmp_path_factory.mktemp("cuda_on_host") / "attribution_distance.so"
-    installed = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    links = ["-L", installed / "lib", "-ltorch", "-ltorch_cpu"]
-    command = [compiler, *flags, "-I", installed / "include", SOURCE, *links, "-o", path]
-    subprocess.run([*map(str, command)], check=True)
-    torch.ops.load_library(path)
-    library = ctypes.CDLL(str(path))
+def library(compile_on_host):
+    library = compile_on_host("attribution_distance")
     library.job.argtypes, library.job.restype = (ctypes.c_int64,) * 3, ctypes.c_int64
     return library
 

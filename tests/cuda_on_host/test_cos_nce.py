@@ -1,20 +1,12 @@
 """csrc/cuda/cos_nce* gives the right numbers: compiled for the CPU, run by an emulation of a block's threads, against
 the definition in fp64."""
 
-import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
 from fastkd.benchmarks.accuracy import FLOORS, judge
-from fastkd.ops import backends
 from fastkd.ops.cos_nce import eager_cos_nce
 
-SOURCE = Path(__file__).with_name("cos_nce_on_host.cpp")
 fp32, bf16, fp16, fp64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = [fp32, bf16, fp16]
 # Every class of the kernels, at its limits, and widths that whole loads do not divide.
@@ -22,21 +14,8 @@ WIDTHS = [1, 7, 8, 64, 256, 260, 312, 512, 768, 770, 1024, 1030, 1032, 2048, 205
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no C++ compiler: {compiler} is not there")
-    if backends.cuda_library is not None:
-        pytest.skip("the CUDA library is loaded; its kernels run on the GPU, tests/ops proves them there")
-    path = tmp_path_factory.mktemp("cuda_on_host") / "cos_nce.so"
-    installed = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    links = ["-L", installed / "lib", "-ltorch", "-ltorch_cpu"]
-    command = [compiler, *flags, "-I", installed / "include", SOURCE, *links, "-o", path]
-    subprocess.run([*map(str, command)], check=True)
-    torch.ops.load_library(path)
-    return ctypes.CDLL(str(path))
+def library(compile_on_host):
+    return compile_on_host("cos_nce")
 
 
 def counted_pairs(samples, negatives, mask, classes, classes_of_negatives, own):

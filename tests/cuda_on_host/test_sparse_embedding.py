@@ -1,23 +1,16 @@
 """csrc/cuda/sparse_embedding* gives the right numbers: compiled for the CPU, run by an emulation of a block's threads,
 against the definition in fp64."""
 
-import ctypes
 import itertools
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastkd.benchmarks.accuracy import FLOORS, judge
 from fastkd.benchmarks.kernels.sparse_embedding import random_code, with_dtype
-from fastkd.ops import backends
 from fastkd.ops.sparse_arrays import Arrays
 from fastkd.ops.sparse_embedding import eager_embedding_block, eager_sparse_embedding
 
-SOURCE = Path(__file__).with_name("sparse_embedding_on_host.cpp")
 fp32, fp16, bf16, fp64, int8 = torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8
 
 # kept rows, coded rows, width, atoms, and why
@@ -35,21 +28,8 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no C++ compiler: {compiler} is not there")
-    if backends.cuda_library is not None:
-        pytest.skip("the CUDA library is loaded; its kernels run on the GPU, tests/ops proves them there")
-    path = tmp_path_factory.mktemp("cuda_on_host") / "sparse_embedding.so"
-    installed = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    links = ["-L", installed / "lib", "-ltorch", "-ltorch_cpu"]
-    command = [compiler, *flags, "-I", installed / "include", SOURCE, *links, "-o", path]
-    subprocess.run([*map(str, command)], check=True)
-    torch.ops.load_library(path)
-    return ctypes.CDLL(str(path))
+def library(compile_on_host):
+    return compile_on_host("sparse_embedding")
 
 
 @pytest.fixture
