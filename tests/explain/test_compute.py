@@ -151,3 +151,12 @@ def test_a_file_is_saved_with_its_folder(run, batches, tmp_path):
 def test_explainers_that_do_not_fit_are_named(given, error, message, batches):
     with pytest.raises(error, match=message):
         compute_results(batches, FINGERPRINT, **{"per_example": {}, "per_token": {}} | given)
+
+
+def test_what_is_precise_is_stored_as_it_is(run, classifier, batches):
+    """In fp16 two logits could tie, and another class be the largest."""
+    found = run(batches, precise=["logits"])
+    expected = torch.cat([classifier.logits(inputs).detach() for inputs in batches])
+    assert torch.equal(found.per_example["logits"], expected)
+    assert found.per_token["gradient"].dtype == torch.float16
+    assert run(batches, parts=None).per_example["logits"].dtype == torch.float16
