@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # sequences, relation heads, length, width of a head of the student and of the teacher
 _MAIN = [(32, 12, 128, 32, 64), (8, 12, 512, 32, 64), (8, 48, 512, 16, 16)]
 _BY_LENGTH = [(8, 12, length, 32, 64) for length in (32, 64, 128, 256, 1024)]
-_EDGES = [(1, 12, 16, 32, 64), (32, 12, 128, 26, 64), (2, 12, 4096, 32, 64)]
+_EDGES = [(1, 12, 16, 32, 64), (32, 12, 128, 26, 64), (2, 12, 4096, 32, 64), (1, 6, 4096, 32, 64)]
 SHAPES = {"tiny": [(3, 2, 20, 4, 8)], "small": _MAIN, "full": _MAIN + _BY_LENGTH + _EDGES}
 
 

@@ -175,3 +175,25 @@ def test_the_command_measures_under_both_allocators_and_writes_files(tmp_path):
         f"relation_kl-cpu-{plot}.png" for plot in ("time", "memory", "ratio", "limit")
     }
     assert "fastkd reference" in done.stdout
+
+
+def test_what_a_large_provider_took_is_given_back():
+    """In a process of its own, whose allocator keeps all that is freed."""
+    script = """
+import psutil, torch
+from fastkd.benchmarks import harness
+harness._LARGE = 100_000_000
+def compute():
+    return torch.ones(150_000_000).sum()
+large = harness.Provider("large", compute, lambda loss: (), needs_bytes=600_000_000)
+case = harness.Case("op", {}, 8, 8, torch.float32, "cpu", lambda dtype: (torch.tensor(1.5e8, dtype=dtype),), [large])
+before = psutil.Process().memory_info().rss
+compute()
+kept = psutil.Process().memory_info().rss
+[row] = harness.measure(case, budget=0.0)
+assert row["status"] == "ok", row["status"]
+given_back = psutil.Process().memory_info().rss
+assert kept - before > 590_000_000 and given_back - before < 400_000_000, (before, kept, given_back)
+"""
+    environment = os.environ | machine.allocators("cpu")["page reuse"]
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
