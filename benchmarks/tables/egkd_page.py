@@ -40,15 +40,31 @@ def show(cells: Cells) -> str:
 
 
 def agreement(cells: Cells) -> str:
-    """Means over seeds of how far teacher and student agree in what they look at."""
+    """Means over seeds of how far teacher and student agree in what they look at, with the level of unrelated
+    explanations, and what a step costs: the median over seeds, as a multiple of soft labels alone."""
     rows = []
     for row, title in ROWS.items():
         for name in BILSTM_TASKS if row in _RECURRENT else TASKS:
-            found = [cell["consistency"] for cell in cells.find(f"{name}/{row}", "validation")]
-            values = [f"{np.mean([f[kind][which] for f in found]):.2f}" if found else NOT_RUN for kind, which in _SHOWN]
-            rows.append([title, TASKS[name], *values])
-    heads = [f"{kind}, {which.replace('_', ' ')}" for kind, which in _SHOWN]
-    return table(["student", "task", *heads], rows)
+            found = cells.find(f"{name}/{row}", "validation")
+            values = [_with_chance([c["consistency"][kind] for c in found], which) for kind, which in _SHOWN]
+            plain = cells.find(f"{name}/{row.partition('/')[0]}/plain", "validation")
+            rows.append([title, TASKS[name], *values, _multiple(found, plain)])
+    heads = [f"{kind}, {which.replace('_', ' ')} (by chance)" for kind, which in _SHOWN]
+    return table(["student", "task", *heads, "step"], rows)
+
+
+def _with_chance(found: list[dict], which: str) -> str:
+    if not found:
+        return NOT_RUN
+    mean, chance = (np.mean([each[which] for each in figures]) for figures in (found, [f["by_chance"] for f in found]))
+    return f"{mean:.2f} ({chance:.2f})"
+
+
+def _multiple(found: list[dict], plain: list[dict]) -> str:
+    if not found or not plain:
+        return NOT_RUN
+    own, other = (np.median([cell["ms_per_step"] for cell in cells]) for cells in (found, plain))
+    return f"{own / other:.2f}×"
 
 
 def show_held_out(cells: Cells) -> str:

@@ -26,7 +26,7 @@ from fastkd.data import Task, load_task
 from fastkd.data.metrics import score
 from fastkd.explain.fingerprint import of_weights
 from fastkd.models.loading import load_tokenizer
-from fastkd.recipes.run_folder import load
+from fastkd.recipes.run_folder import DONE, load
 from fastkd.recipes.settings import check_keys
 
 EPOCHS = 3
@@ -124,7 +124,8 @@ class GlueTable(ABC):
         start = time.perf_counter()
         folder = self.folder / name / f"{row.replace('/', '-')}-{seed}-{digest(settings)}"
         self.train_student(name, row, seed, settings, folder)
-        self.add(name, row, seed, settings, load(folder), seconds=round(time.perf_counter() - start))
+        took = {"seconds": round(time.perf_counter() - start), "ms_per_step": _ms_per_step(folder)}
+        self.add(name, row, seed, settings, load(folder), **took)
         return True
 
     def add(self, name: str, row: str, seed: int, settings: dict, model: PreTrainedModel, **record) -> None:
@@ -135,6 +136,12 @@ class GlueTable(ABC):
         record |= {"metric": task.metrics[0], "score": scores[task.metrics[0]], "scores": scores}
         record |= self.measure(name, row, model)
         self.cells.add(f"{name}/{row}", seed, self.split, predictions=encoded(predictions), settings=settings, **record)
+
+
+def _ms_per_step(folder: Path) -> float:
+    """Of the training that left its model in the folder, its loading and its last checkpoint aside."""
+    last = json.loads((folder / DONE).read_text())["log"][-1]
+    return round(1e3 * last["train_runtime"] / last["step"], 1)
 
 
 def words_of(shape: str, words: list[str], shapes: Iterable[str]) -> list[str]:

@@ -67,6 +67,10 @@ def test_every_student_says_how_far_it_explains_as_its_teacher(finished):
         assert all(-1 <= kind["cosine"] <= 1 for kind in kinds.values())
 
 
+def test_every_student_says_what_a_step_took(finished):
+    assert all(cell["ms_per_step"] > 0 for cell in finished.all() if not cell["row"].endswith("/teacher"))
+
+
 def test_a_bilstm_is_trained_where_it_was_asked_for(words, finished):
     table = Table(sources_from(words), finished)
     assert not table.run("mrpc", "bilstm/plain", 0)
@@ -104,6 +108,9 @@ def test_the_tables_show_what_is_there_and_what_is_not(finished, monkeypatch, ca
     assert row.count("not run") == 5
     assert text.count("| 3 x 384, all three − soft labels |") == 1
     assert "| BiLSTM, the branch best on held-out data | STS-B | not run |" in text
+    plain, mix = ("| 3 x 384, soft labels | SST-2 |", "| 3 x 384, all three | SST-2 |")
+    agreement = {line[: line.index("SST-2 |") + 7]: line for line in text.splitlines() if "SST-2 |" in line}
+    assert agreement[plain].endswith("| 1.00× |") and agreement[mix].count(" (") == 4
     monkeypatch.setattr(sys, "argv", ["egkd", "--show", "--results", str(finished.path)])
     egkd.main()
     assert capsys.readouterr().out.strip() == text
