@@ -14,6 +14,8 @@ except ModuleNotFoundError as error:
 
 import torch
 from hypothesis import settings
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 # Property tests draw the same examples on every machine, and a slow machine is no failure.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=25)
@@ -24,6 +26,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def train_bpe():
+    """Makes a tokenizer as RoBERTa's, with spaces that belong to the token behind them, from texts."""
+
+    def train(texts, vocab_size: int) -> PreTrainedTokenizerFast:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        special = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "mask_token": "<mask>"}
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(special.values()),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+    return train
 
 
 def pytest_collection_modifyitems(items):

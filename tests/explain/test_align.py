@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from fastkd.data import train_wordpiece
@@ -41,20 +41,8 @@ def wordpiece():
 
 
 @pytest.fixture(scope="module")
-def bpe():
-    """As RoBERTa's: spaces belong to the token behind them."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>"}
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=list(special.values()),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXTS, trainer)
-    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+def bpe(train_bpe):
+    return train_bpe(TEXTS, 320)
 
 
 class SlowTokenizer:

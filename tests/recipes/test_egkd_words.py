@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -46,20 +46,11 @@ LENGTH = 32  # some of the teacher's tokens, which are shorter, are cut
 
 
 @pytest.fixture(scope="module")
-def bpe(task):
-    """As RoBERTa's: spaces belong to the token behind them. Most words are several tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "mask_token": "<mask>"}
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=list(special.values()),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(task.train["sentence"], trainer)
-    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=LENGTH, **special)
+def bpe(task, train_bpe):
+    """Most words are several tokens."""
+    tokenizer = train_bpe(task.train["sentence"], 300)
+    tokenizer.model_max_length = LENGTH
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
