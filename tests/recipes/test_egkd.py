@@ -128,6 +128,12 @@ def test_the_results_say_how_alike_teacher_and_student_explain(finished):
     assert page.count("<table>") == 12 and "student" in page and "[CLS]" not in page
 
 
+def test_logits_are_stored_as_they_are(finished):
+    """Rounded, the teacher's prediction could be another class."""
+    logits = load_file(finished / "teacher_results" / "results.safetensors")["example.logits"]
+    assert logits.dtype == torch.float32 and (logits != logits.half()).any()
+
+
 def test_a_bilstm_learns_from_stored_results_without_the_teacher(train, finished, tmp_path, monkeypatch):
     running = []
     original = EgkdTrainer.loss_terms
