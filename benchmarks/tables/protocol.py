@@ -45,9 +45,13 @@ class Cells:
             )
         return bool(found)
 
-    def add(self, row: str, seed: int, split: str, **record) -> None:
+    def add(self, row: str, seed: int, split: str, *, settings: dict, **record) -> None:
+        """Of two commands that made the same cell the first one's stays."""
+        if self.has(row, seed, split, settings):
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"row": row, "seed": seed, "split": split} | record | circumstances())
+        cell = {"row": row, "seed": seed, "split": split} | record | {"settings": settings} | circumstances()
+        line = json.dumps(cell)
         with self.path.open("a") as file:  # one write of one line: two commands may fill one table
             file.write(line + "\n")
 

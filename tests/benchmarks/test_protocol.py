@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastkd.benchmarks.tables.protocol import interval, paired_difference
+from fastkd.benchmarks.tables.protocol import Cells, interval, paired_difference
 from fastkd.data.metrics import score
 
 
@@ -43,3 +43,14 @@ def test_a_model_that_says_one_class_only_has_no_correlation():
     labels, one, _ = examples("matthews")
     value, _ = paired_difference("matthews", labels, np.zeros_like(one), np.ones_like(one), resamples=10)
     assert value == 0
+
+
+def test_of_two_commands_that_make_one_cell_the_first_ones_stays(tmp_path):
+    one, other = Cells(tmp_path / "cells.jsonl"), Cells(tmp_path / "cells.jsonl")
+    one.add("row", 0, "validation", settings={"rate": 1}, score=0.5)
+    other.add("row", 0, "validation", settings={"rate": 1}, score=0.6)
+    assert [cell["score"] for cell in one.all()] == [0.5]
+    with pytest.raises(ValueError, match=r"holds 'row' .* made with"):
+        other.add("row", 0, "validation", settings={"rate": 2}, score=0.6)
+    other.add("row", 1, "validation", settings={"rate": 1}, score=0.7)
+    assert len(one.find("row", "validation")) == 2
