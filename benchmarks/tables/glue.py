@@ -139,7 +139,8 @@ class GlueTable(ABC):
 
 
 def _ms_per_step(folder: Path) -> float:
-    """Of the training that left its model in the folder, its loading and its last checkpoint aside."""
+    """Of the training that left its model in the folder, by the clock: one that was paused reads more, one that was
+    resumed less."""
     last = json.loads((folder / DONE).read_text())["log"][-1]
     return round(1e3 * last["train_runtime"] / last["step"], 1)
 
