@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastkd.ops.sparse_arrays import Arrays, check_layout
 from fastkd.ops.sparse_embedding import sparse_embedding
+from fastkd.whole_file import whole_file
 
 _OPTIONAL = ("kept_scale", "weight_scale", "residual", "codebook")
 _ROWS_AT_ONCE = 4096  # of a table that is decoded: the eager lookup gathers every atom of every row
@@ -140,12 +141,8 @@ class SparseCode:
             for name, array in self.arrays._asdict().items()
             if array is not None
         }
-        unfinished = Path(f"{path}.unfinished")
-        try:
+        with whole_file(path) as unfinished:
             save_file(tensors, unfinished, metadata={"format": "fastkd.sparse_code"})
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | os.PathLike) -> SparseCode:

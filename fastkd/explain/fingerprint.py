@@ -14,9 +14,15 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 _SHOWN = 12  # characters of a digest
+# What makes another function of the same tensors. Not the whole configuration, whose defaults change with transformers.
+_BESIDE_WEIGHTS = (
+    "model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "position_embedding_type", "pad_token_id",
+)  # fmt: skip
 _NOTHING = "nothing"
 
 
@@ -25,7 +31,7 @@ class Fingerprint:
     """Digests of what a result depends on. Equal parts have equal digests, on every machine.
 
     Attributes:
-        teacher: of the weights, by `of_weights`.
+        teacher: of the weights and what gives them their meaning, by `of_teacher`.
         tokenizer: of the tokenizer, by `of_tokenizer`.
         data: of the tokenized examples in their order, by `of_data`.
         settings: what was computed and how, as JSON values; compared by value, so that a message can name the key.
@@ -46,12 +52,12 @@ class Fingerprint:
         are read; None is one that is still to come. tokenizer: one of transformers. data: rows with `COLUMNS`, a
         datasets.Dataset or mapping of lists.
 
-        Raises TypeError for settings that are no JSON values, ValueError as `of_weights` and `of_data`."""
+        Raises TypeError for settings that are no JSON values, ValueError as `of_teacher` and `of_data`."""
         try:
             plain = json.loads(json.dumps(dict(settings), sort_keys=True))
         except TypeError as error:
             raise TypeError(f"settings of a fingerprint must be JSON values: {error}") from error
-        weights = "" if teacher is None else of_weights(teacher)
+        weights = "" if teacher is None else of_teacher(teacher)
         digest = of_data(data)
         lengths = [len(ids) for ids in data["input_ids"][:]]
         return Fingerprint(weights, of_tokenizer(tokenizer), digest, plain, len(lengths), max(lengths, default=0))
@@ -71,7 +77,7 @@ class Fingerprint:
         """What differs, in words; empty for equal ones. `self` is the stored one, whose settings may say more; an
         `other` of a teacher that is still to come agrees with any."""
         found = []
-        for words, name in (("the teacher (its weights)", "teacher"), ("the tokenizer", "tokenizer")):
+        for words, name in (("the teacher (its weights or configuration)", "teacher"), ("the tokenizer", "tokenizer")):
             pair = getattr(self, name), getattr(other, name)
             if pair[1] not in ("", pair[0]):
                 found.append(f"{words}: {pair[0][:_SHOWN]} is stored, {pair[1][:_SHOWN]} given")
@@ -87,9 +93,10 @@ class Fingerprint:
             raise ValueError(f"{path} belongs to something else; {'; '.join(differences)}. {advice}")
 
 
-def of_weights(teacher: nn.Module | str | Path) -> str:
-    """Digest of names, dtypes, shapes and bytes of all tensors. A model has that of the folder it was saved to by
-    `save_pretrained`, as long as no two of its parameters are tied.
+def of_teacher(teacher: nn.Module | str | Path) -> str:
+    """Digest of names, dtypes, shapes and bytes of all tensors, and of what the configuration says beside them, where
+    there is one. A model has that of the folder it was saved to by `save_pretrained`, as long as no two of its
+    parameters are tied.
 
     Raises ValueError for a folder without safetensors files.
     """
@@ -97,13 +104,16 @@ def of_weights(teacher: nn.Module | str | Path) -> str:
     for name, tensor in sorted(_named(teacher), key=lambda pair: pair[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes(tensor))
+    if (config := _configuration(teacher)) is not None:
+        digest.update(json.dumps({name: getattr(config, name, None) for name in _BESIDE_WEIGHTS}).encode())
     return digest.hexdigest()
 
 
 def of_tokenizer(tokenizer) -> str:
-    """Digest of the vocabulary, of the special tokens, and of the whole pipeline of a fast tokenizer."""
+    """Digest of the vocabulary, of the special tokens by role, and of the whole pipeline of a fast tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = {"vocabulary": tokenizer.get_vocab(), "special": sorted(tokenizer.all_special_tokens)}
+    special = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
+    parts = {"vocabulary": tokenizer.get_vocab(), "special": special}
     if backend is not None:
         pipeline = json.loads(backend.to_str())
         # Set by the last call with padding or truncation: the data's digest knows what came of it.
@@ -166,6 +176,8 @@ def _named(teacher: nn.Module | str | Path):
     if isinstance(teacher, nn.Module):
         yield from teacher.state_dict().items()
         return
+    if not Path(teacher).expanduser().is_dir():
+        raise ValueError(f"there is no folder {teacher}; name the one that the teacher was saved to")
     files = sorted(Path(teacher).expanduser().glob("*.safetensors"))
     if not files:
         raise ValueError(f"{teacher} holds no safetensors files; save the teacher there with save_pretrained")
@@ -173,6 +185,13 @@ def _named(teacher: nn.Module | str | Path):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 yield name, file.get_tensor(name)
+
+
+def _configuration(teacher: nn.Module | str | Path) -> PreTrainedConfig | None:
+    if isinstance(teacher, nn.Module):
+        return getattr(teacher, "config", None)
+    folder = Path(teacher).expanduser()
+    return AutoConfig.from_pretrained(folder) if (folder / CONFIG_NAME).exists() else None
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastkd.whole_file import whole_file
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #111; --paper: #fff; --soft: #595959; --line: #ddd }
 @media (prefers-color-scheme: dark) { :root { --ink: #eee; --paper: #161616; --soft: #aaa; --line: #444 } }
@@ -92,12 +94,8 @@ def side_by_side(
         *(_section(i, example) for i, example in enumerate(examples, 1)),
         "</body></html>",
     ]
-    unfinished = Path(f"{path}.unfinished")
-    try:
+    with whole_file(path) as unfinished:
         unfinished.write_text("\n".join(line for line in lines if line) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _check(i: int, example: ShownExample) -> None:

@@ -7,6 +7,9 @@ After L2X (Chen et al., ICML 2018), with the teacher itself in the place of its 
 The teacher gets no gradient.
 """
 
+from __future__ import annotations
+
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import length_hint
@@ -16,12 +19,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fastkd.explain import fingerprinted
 from fastkd.explain.arguments import check_batches, check_positive, check_share, check_type, check_whole
 from fastkd.explain.classifier import BASELINES, Classifier, Inputs, valid_tokens
+from fastkd.explain.fingerprint import Fingerprint
 from fastkd.explain.perturbation import replaced
+from fastkd.explain.scores import check_norm, normalise
 from fastkd.explain.selection import hard_top_k, relaxed_top_k
 from fastkd.explain.target import check_explained
 from fastkd.losses import soft_label_loss
+
+_KIND = "selector"
 
 
 @dataclass(frozen=True)
@@ -75,15 +83,39 @@ class Selector(nn.Module):
         mean = near.sum(1, keepdim=True) / mask.sum(1).clamp(min=1)[:, None, None]
         return self.out(self.combine(torch.cat([near, mean.expand_as(near)], -1)).relu())[..., 0]
 
-    def probabilities(self, classifier: Classifier, inputs: Inputs) -> Tensor:
-        """(B, L), softmax over the maskable tokens: the selector's attribution; 0 elsewhere."""
+    def probabilities(self, classifier: Classifier, inputs: Inputs, *, norm: str | None = None) -> Tensor:
+        """(B, L) in fp32, softmax over the maskable tokens: the selector's attribution; 0 elsewhere. `norm` is "l1",
+        "l2" or None, as of every attribution. Raises ValueError for another one."""
+        check_norm(norm)
         logits, maskable = self._logits(classifier, inputs)
         none = ~maskable.any(1, keepdim=True)
-        return logits.masked_fill(~maskable, -torch.inf).masked_fill(none, 0).softmax(1).masked_fill(~maskable, 0)
+        scores = logits.masked_fill(~maskable, -torch.inf).masked_fill(none, 0).softmax(1).masked_fill(~maskable, 0)
+        return normalise(scores, norm)
 
     def select(self, classifier: Classifier, inputs: Inputs, ratio: float) -> Tensor:
         """(B, L) bool, the k tokens to keep, and beside them all that is not maskable; as `hard_top_k`."""
         return hard_top_k(*self._logits(classifier, inputs), ratio)
+
+    def save(self, path: str | os.PathLike, fingerprint: Fingerprint) -> None:
+        """Write one safetensors file, whole or not at all; `fingerprint` is of what the selector was trained on. Raises
+        ValueError for a path that is a folder."""
+        fingerprinted.write(path, _KIND, self.state_dict(), fingerprint)
+
+    @staticmethod
+    def load(path: str | os.PathLike, expected: Fingerprint) -> Selector:
+        """Read what `save` has written, on the CPU.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file of another kind or cut short, or another fingerprint (what differs is named).
+        """
+        stored, tensors = fingerprinted.read(path, _KIND)
+        stored.check(expected, path)
+        hidden, width, _ = tensors["near.weight"].shape
+        with torch.device("meta"):  # draws nothing
+            selector = Selector(width, hidden)
+        selector.load_state_dict(tensors, assign=True)
+        return selector.eval()
 
     @torch.no_grad()
     def _logits(self, classifier: Classifier, inputs: Inputs) -> tuple[Tensor, Tensor]:

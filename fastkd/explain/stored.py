@@ -10,17 +10,15 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from fastkd.explain import fingerprinted
 from fastkd.explain.arguments import as_mask
 from fastkd.explain.fingerprint import Fingerprint
 
-_FORMAT = "fastkd.teacher_results"
+_KIND = "teacher results"
 _COUNTS = "tokens"
 
 
@@ -110,26 +108,17 @@ class TeacherResults:
         Raises ValueError, before anything is written, for values that are NaN or infinite and for a path that is a
         folder.
         """
-        if Path(path).is_dir():
-            raise ValueError(f"{path} is a folder; name a file")
         for name, values in {**self.per_example, **self.per_token}.items():
             if values.is_floating_point() and not values.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinite values; nothing was written")
         tensors = {f"example.{name}": values for name, values in self.per_example.items()}
         tensors |= {f"token.{name}": values for name, values in self.per_token.items()}
-        tensors = {name: values.contiguous() for name, values in (tensors | {_COUNTS: self.tokens}).items()}
-        unfinished = Path(f"{path}.unfinished")
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, unfinished, metadata={"format": _FORMAT, "fingerprint": self.fingerprint.as_json()})
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        fingerprinted.write(path, _KIND, tensors | {_COUNTS: self.tokens}, self.fingerprint)
 
     @staticmethod
     def fingerprint_of(path: str | os.PathLike) -> Fingerprint:
         """What the results in a file belong to. Raises as `load`."""
-        return _read(path)[0]
+        return fingerprinted.read(path, _KIND)[0]
 
     @staticmethod
     def load(path: str | os.PathLike, expected: Fingerprint) -> TeacherResults:
@@ -140,26 +129,10 @@ class TeacherResults:
             FileNotFoundError: no such file.
             ValueError: a file of another kind or cut short, or another fingerprint (what differs is named).
         """
-        stored, tensors = _read(path)
+        stored, tensors = fingerprinted.read(path, _KIND)
         stored.check(expected, path)
         parts = {
             kind: {name.removeprefix(kind): values for name, values in tensors.items() if name.startswith(kind)}
             for kind in ("example.", "token.")
         }
         return TeacherResults(stored, tensors[_COUNTS], parts["example."], parts["token."])
-
-
-def _read(path: str | os.PathLike) -> tuple[Fingerprint, dict[str, Tensor]]:
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder; a file that TeacherResults.save wrote is needed")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no safetensors file, or not all of one: {error}") from error
-    if metadata.get("format") != _FORMAT or _COUNTS not in tensors:
-        raise ValueError(f"{path} holds no teacher results")
-    return Fingerprint.from_json(metadata["fingerprint"]), tensors

@@ -79,7 +79,8 @@ class EgkdRecipe(TaskRecipe):
 
         def results(folder):
             if run.leads:
-                print(f"{folder.name}: what the teacher gives for {len(train)} examples, computed once for {file}")
+                how = f"read from {file}" if file.exists() else f"computed once, for {file}"
+                print(f"{folder.name}: what the teacher gives for {len(train)} examples, {how}")
             with config.main_process_first(desc="teacher's results"):
                 check_stored(file, run.folder / "teacher", run.tokenizer, train, config, alignment)
                 found = stored_results()

@@ -12,7 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from fastkd.explain import Classifier, Fingerprint, TeacherResults, WordAlignment, compute_results, train_selector
+from fastkd.explain import (
+    Classifier,
+    Fingerprint,
+    Selector,
+    TeacherResults,
+    WordAlignment,
+    compute_results,
+    train_selector,
+)
 from fastkd.models.architectures import embeddings_of
 from fastkd.recipes.egkd_branches import Branch, SelectionBranch
 from fastkd.recipes.egkd_settings import EgkdConfig
@@ -84,7 +92,7 @@ def teacher_results(
 ) -> TeacherResults:
     """Logits of the teacher on all of `data`, and what each branch needs of it: read from `path`, or computed and
     written there where there is no such file. What was stopped goes on where it was: until the file is complete,
-    what is computed so far stands in a folder beside it, PATH.parts.
+    what is computed so far, a trained selector among it, stands in a folder beside it, PATH.parts.
 
     teacher: the folder of the fine-tuned teacher, or the model. If the file is there, no model is made of the folder.
     data: `Task.tokenize(...)["train"]`, in the order in which the trainer gets it.
@@ -105,7 +113,7 @@ def teacher_results(
         if alignment is not None:
             expected = replace(expected, settings=expected.settings | {"align": alignment.digest})
         model = teacher if isinstance(teacher, PreTrainedModel) else load(teacher)
-        classifier, branches = running_teacher(model, tokenizer, data, args)
+        classifier, branches = running_teacher(model, tokenizer, data, args, parts / "selector.safetensors", expected)
         batches = batches_of(data, tokenizer, args)
         results = compute_results(
             batches,
@@ -113,8 +121,9 @@ def teacher_results(
             per_example={"logits": classifier.logits} | _explainers(branches, classifier, per_token=False),
             per_token=_explainers(branches, classifier, per_token=True),
             mask=lambda inputs: units_of(inputs).mask(inputs),
-            # In fp16 two of them could tie, and the student explain another class than the teacher.
-            precise=["logits"],
+            # In fp16 two logits could tie, and the student explain another class than the teacher; scores that are not
+            # normalised could be 0.
+            precise=["logits"] if args.explainer.norm else ["logits", "gradient"],
             parts=parts,
             progress=_shows_progress(args),
         ).select(torch.tensor(batches.order).argsort())
@@ -155,15 +164,35 @@ def check_units(stored: Fingerprint, alignment: WordAlignment | None, what: str 
     raise ValueError(f"{what}: these results are of {of}, and this run compares {compared}")
 
 
-def running_teacher(model: PreTrainedModel, tokenizer, data, args: EgkdConfig) -> tuple[Classifier, list[Branch]]:
-    """The teacher, frozen and on its device, and branches that can ask it: a selector is trained against it here."""
+def running_teacher(
+    model: PreTrainedModel,
+    tokenizer,
+    data,
+    args: EgkdConfig,
+    kept: Path | None = None,
+    fingerprint: Fingerprint | None = None,
+) -> tuple[Classifier, list[Branch]]:
+    """The teacher, frozen and on its device, and branches that can ask it: a selector is trained against it here, or
+    read from the file `kept` that an earlier call with this fingerprint has left."""
     classifier = classifier_of(model.eval().requires_grad_(False).to(args.device), tokenizer)
     branches = args.make_branches()
     for branch in branches:
         if isinstance(branch, SelectionBranch):
-            batches = batches_of(data, tokenizer, args)
-            branch.selector = train_selector(classifier, batches, branch.settings, progress=_shows_progress(args))
+            branch.selector = _kept_selector(kept, fingerprint, args.device)
+            if branch.selector is None:
+                batches = batches_of(data, tokenizer, args)
+                branch.selector = train_selector(classifier, batches, branch.settings, progress=_shows_progress(args))
+                if kept:
+                    branch.selector.save(kept, fingerprint)
     return classifier, branches
+
+
+def _kept_selector(file: Path | None, fingerprint: Fingerprint | None, device: torch.device) -> Selector | None:
+    """None where there is no such file, or one of something else."""
+    try:
+        return Selector.load(file, fingerprint).to(device) if file else None
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _shows_progress(args: EgkdConfig) -> bool:

@@ -1,10 +1,21 @@
 """The best k tokens: drawn and relaxed, hard, and a selector that learns them from a frozen teacher."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
-from fastkd.explain import Classifier, SelectorSettings, hard_top_k, relaxed_top_k, train_selector
+from fastkd.explain import (
+    Classifier,
+    Fingerprint,
+    Selector,
+    SelectorSettings,
+    TeacherResults,
+    hard_top_k,
+    relaxed_top_k,
+    train_selector,
+)
 from fastkd.explain.selection import chosen_counts
 
 MASKABLE = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0]]).bool()
@@ -134,7 +145,24 @@ def test_a_berts_selector_gives_scores_and_masks_of_words_alone(classifier, batc
     maskable = classifier.maskable(batch)
     torch.testing.assert_close(scores.sum(1), torch.ones(3))
     assert not scores[~maskable].any()
+    torch.testing.assert_close(selector.probabilities(classifier, batch, norm="l2").norm(dim=1), torch.ones(3))
     assert (selector.select(classifier, batch, 0.3) & maskable).sum(1).tolist() == [3, 2, 2]
+
+
+def test_a_saved_selector_is_read_for_what_it_was_trained_on_and_nothing_else(classifier, batch, tmp_path):
+    selector = train_selector(classifier, [batch], SelectorSettings(epochs=1))
+    fingerprint = Fingerprint("teacher", "tokenizer", "data", {"selection": {"ratio": 0.3}})
+    selector.save(tmp_path / "selector.safetensors", fingerprint)
+    state = torch.get_rng_state()
+    read = Selector.load(tmp_path / "selector.safetensors", fingerprint)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(read.probabilities(classifier, batch), selector.probabilities(classifier, batch))
+    other = dataclasses.replace(fingerprint, settings={"selection": {"ratio": 0.5}})
+    with pytest.raises(ValueError, match=r"selection\.ratio: 0.3 is stored, 0.5 given"):
+        Selector.load(tmp_path / "selector.safetensors", other)
+    TeacherResults(fingerprint, torch.ones(1, dtype=torch.int64), {}, {}).save(tmp_path / "results.safetensors")
+    with pytest.raises(ValueError, match="holds no selector"):
+        Selector.load(tmp_path / "results.safetensors", fingerprint)
 
 
 def test_padding_does_not_change_a_selection(classifier, batch):

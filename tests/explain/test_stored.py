@@ -22,7 +22,7 @@ from fastkd.explain import (
     linear_explanation,
     masked_logits,
 )
-from fastkd.explain.fingerprint import of_data, of_tokenizer, of_weights
+from fastkd.explain.fingerprint import of_data, of_teacher, of_tokenizer
 
 POOL = MaskPool(samples=6)
 SETTINGS = {"gradient": dataclasses.asdict(GradientSettings()), "pool": dataclasses.asdict(POOL)}
@@ -106,18 +106,20 @@ def test_scores_are_stored_in_fp16_unless_asked_otherwise(classifier, batch, fin
 
 def test_a_saved_teacher_has_the_fingerprint_of_its_folder(tmp_path, bert):
     bert.save_pretrained(tmp_path)
-    assert of_weights(tmp_path) == of_weights(bert)
+    assert of_teacher(tmp_path) == of_teacher(bert)
 
 
 def test_a_sharded_teacher_has_the_same_fingerprint(tmp_path, bert):
     bert.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert of_weights(tmp_path) == of_weights(bert)
+    assert of_teacher(tmp_path) == of_teacher(bert)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no safetensors"):
-        of_weights(tmp_path)
+        of_teacher(tmp_path)
+    with pytest.raises(ValueError, match="there is no folder"):
+        of_teacher(tmp_path / "none")
 
 
 def test_padding_calls_do_not_change_a_tokenizer():
@@ -141,8 +143,22 @@ def _other_teacher(bert, batch):
     return Fingerprint.of(changed, _tokenizer(), _rows(batch), SETTINGS)
 
 
+def _other_heads(bert, batch):
+    """The same weights are another function."""
+    changed = copy.deepcopy(bert)
+    changed.config.num_attention_heads *= 2
+    return Fingerprint.of(changed, _tokenizer(), _rows(batch), SETTINGS)
+
+
 def _other_tokenizer(bert, batch):
     return Fingerprint.of(bert, _tokenizer(("[PAD]", "[UNK]", "bad", "good")), _rows(batch), SETTINGS)
+
+
+def _other_roles(bert, batch):
+    """The same special tokens: the two have changed places."""
+    tokenizer = _tokenizer()
+    tokenizer.pad_token, tokenizer.unk_token = tokenizer.unk_token, tokenizer.pad_token
+    return Fingerprint.of(bert, tokenizer, _rows(batch), SETTINGS)
 
 
 def _other_data(bert, batch):
@@ -157,8 +173,10 @@ def _other_pool(bert, batch):
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        (_other_teacher, r"the teacher \(its weights\): \w{12} is stored"),
+        (_other_teacher, r"the teacher \(its weights or configuration\): \w{12} is stored"),
+        (_other_heads, r"the teacher \(its weights or configuration\): \w{12} is stored"),
         (_other_tokenizer, "the tokenizer: "),
+        (_other_roles, "the tokenizer: "),
         (
             _other_data,
             r"the data: both have 3 examples of at most 9 tokens, but other ones or another order \(\w{12} is stored",
@@ -235,7 +253,10 @@ def test_a_file_that_was_cut_short_or_is_another_is_refused(tmp_path, results, f
     save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(ValueError, match="holds no teacher results"):
         TeacherResults.load(path, fingerprint)
-    with pytest.raises(ValueError, match=r"is a folder; a file that TeacherResults\.save wrote is needed"):
+    save_file({"tokens": torch.ones(2)}, path, metadata={"format": "fastkd.teacher_results", "version": "1"})
+    with pytest.raises(ValueError, match="was written by another version of fastkd"):
+        TeacherResults.load(path, fingerprint)
+    with pytest.raises(ValueError, match=r"is a folder; a file of teacher results is needed"):
         TeacherResults.load(tmp_path, fingerprint)
     with pytest.raises(ValueError, match="is a folder; name a file"):
         results.save(tmp_path)

@@ -173,7 +173,9 @@ def test_results_that_were_stopped_go_on_where_they_were(train, finished, tmp_pa
     monkeypatch.setattr(egkd_branches, "masked_logits", masked_logits)
     assert train("distil.max_steps=1") == 130
     folder = tmp_path / "run" / "teacher_results"
-    assert [file.name for file in folder.glob("*/*")] == ["00000.safetensors", "00001.safetensors"]
+    kept = ["00000.safetensors", "00001.safetensors", "selector.safetensors"]
+    assert sorted(file.name for file in folder.glob("*/*")) == kept
+    monkeypatch.setattr(egkd_teacher, "train_selector", None)  # one that is kept is not trained again
     counted = []
     monkeypatch.setattr(egkd_branches, "masked_logits", lambda *a, **k: counted.append(1) or original(*a, **k))
     assert train("distil.max_steps=1") == 0
@@ -183,10 +185,10 @@ def test_results_that_were_stopped_go_on_where_they_were(train, finished, tmp_pa
     assert len(counted) == 4 + 2  # four of six batches, and the two masked branches of the one step
 
 
-def test_a_file_of_results_serves_other_runs_with_fewer_branches(train, steps, finished):
+def test_a_file_of_results_serves_other_runs_with_fewer_branches(train, steps, finished, capsys):
     shared = f"results={finished / 'teacher_results' / 'results.safetensors'}"
     assert train(shared, "distil.branches={selection: 1.0}", "distil.max_steps=1") == 0
-    assert steps["results"] == 0
+    assert steps["results"] == 0 and "for 330 examples, read from" in capsys.readouterr().out
 
 
 def test_a_file_of_other_results_is_refused_before_any_work(train, steps, finished, tmp_path, capsys):
@@ -204,7 +206,10 @@ def test_a_file_of_another_teacher_is_refused(train, steps, finished, capsys):
     said = capsys.readouterr()
     first, *_ = said.out.splitlines()
     assert "results.safetensors is there: its teacher is compared with this run's once that is fine-tuned" in first
-    assert "the teacher (its weights)" in said.err and "the same teacher by finetuned_teacher=" in said.err
+    assert (
+        "the teacher (its weights or configuration)" in said.err
+        and "the same teacher by finetuned_teacher=" in said.err
+    )
     assert steps["results"] == steps["student"] == 0
 
 
@@ -245,6 +250,7 @@ def test_overwriting_starts_anew_with_other_results(train, steps, finished, tmp_
         (["distil.max_skipped=0"], "max_skipped=0; a whole number is needed, 1 at least"),
         (["distil.perturbation=embedding"], "perturbation=embedding moves the student's embeddings, and so do"),
         (["distil.torch_compile=true"], "the branches tap embeddings by hooks"),
+        (["distil.gradient_checkpointing=true"], "gradient_checkpointing=true runs layers again outside the pass"),
         (["stored=false", "results=a.safetensors"], "without stored results there is no such file"),
         (["student={kind: gru, layers: 1}"], "student: kind='gru'; allowed is bilstm"),
         (["student={kind: bilstm, layers: 1}"], "student: hidden must be given"),
