@@ -1,6 +1,6 @@
 """`python -m fastkd.benchmarks.second_order ENCODER`: how far the gradient of EGKD's gradient branch is from double
-backward in fp64: by central differences in fp32, for several steps, and by double backward in fp32 and under bf16
-autocast.
+backward in fp64: by central differences in fp64, where the step is all that is left of it, and in fp32, for several
+steps; and by double backward in fp32 and under bf16 autocast.
 
 The teacher is the encoder with a fresh head; a student has its first layers, and is looked at before and while it
 learns the labels of one batch of the docstring task by heart, without dropout. Errors are norms, relative to that of
@@ -24,6 +24,7 @@ from fastkd.recipes.egkd_teacher import classifier_of
 from fastkd.recipes.task_recipe import with_head
 
 STEPS = (1e-2, 3e-3, 1e-3)
+FP64_STEP = 1e-4
 LEARNT = (0, 5, 15, 30)  # optimizer steps
 _SETTINGS = GradientSettings("gradient_x_input", score="log_probability", norm="l2")
 
@@ -46,8 +47,10 @@ def errors(student: PreTrainedModel, tokenizer, inputs: dict[str, Tensor], wante
             classifier, inputs, _SETTINGS, DistanceTo(wanted), target=classes, step=step
         )
 
-    truth = gradient(copy.deepcopy(student).double(), exact)
-    found = {f"difference, step {step:g}": gradient(student, difference(step)) for step in STEPS}
+    double = copy.deepcopy(student).double()
+    truth = gradient(double, exact)
+    found = {f"difference, fp64, step {FP64_STEP:g}": gradient(double, difference(FP64_STEP))}
+    found |= {f"difference, fp32, step {step:g}": gradient(student, difference(step)) for step in STEPS}
     found["double backward, fp32"] = gradient(student, exact)
     with torch.autocast(mask.device.type, torch.bfloat16):
         found["double backward, bf16"] = gradient(student, exact)

@@ -2,7 +2,7 @@
 
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from fastkd.benchmarks.second_order import LEARNT, STEPS, table
+from fastkd.benchmarks.second_order import FP64_STEP, LEARNT, STEPS, table
 
 
 def test_every_form_is_measured_for_every_student(glue_folder, tmp_path):
@@ -13,7 +13,8 @@ def test_every_form_is_measured_for_every_student(glue_folder, tmp_path):
     rows = table(str(tmp_path), layers=1, examples=4, max_length=16)
     assert [name for name, _ in rows] == ["random weights", *(f"first layers, {step} steps" for step in LEARNT)]
     for _, errors in rows:
-        assert len(errors) == len(STEPS) + 2
-        differences = {errors[f"difference, step {step:g}"] for step in STEPS}
+        assert len(errors) == len(STEPS) + 3
+        assert 0 < errors[f"difference, fp64, step {FP64_STEP:g}"] < 1e-6
+        differences = {errors[f"difference, fp32, step {step:g}"] for step in STEPS}
         assert len(differences) == len(STEPS) and 0 < min(differences) <= max(differences) < 0.1
         assert 0 < errors["double backward, fp32"] < 1e-4 < errors["double backward, bf16"] < 0.1
