@@ -59,8 +59,8 @@ class Classifier:
     """A model f as logits of its embeddings, z = f(e), e of shape (B, L, D).
 
         Classifier(model)                                    # e: the word embeddings
-        Classifier(model, embeddings_of(model), mask_id=103, special_ids=[0, 101, 102])
-                                                             # e: what the first layer works on (fastkd.models)
+        Classifier(model, fastkd.models.embeddings_of(model), mask_id=103, special_ids=[0, 101, 102])
+                                                             # e: what the first layer works on
 
     Where the inputs of a call hold `inputs_embeds` in the place of `input_ids`, e is that; `model` may then be any
     function, also a compiled one. Otherwise e is tapped: the output of the module `embeddings`, in whose place other

@@ -127,7 +127,8 @@ def gradient_attribution(
     batch_size: int = 256,
     watched: tuple[Watched, Tensor] | None = None,
 ) -> Tensor:
-    """Scores (B, L) of the tokens, 0 in padding; (B, C, L) where every class is explained.
+    """Scores (B, L) of the tokens, 0 in padding; (B, C, L) where every class is explained. In the dtype of the
+    embeddings, which under autocast may be a wider one than the logits'.
 
     Args:
         classifier: the model. Its parameters get no gradient here, and need none.

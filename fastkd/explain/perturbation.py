@@ -25,7 +25,8 @@ def masked_logits(
     batch_size: int = 256,
     embeddings: Tensor | None = None,
 ) -> Tensor:
-    """z (B, S, C), the logits under S masks for each sequence, differentiable where gradients are on.
+    """z (B, S, C), the logits under S masks for each sequence, in the dtype of the model's logits; differentiable where
+    gradients are on.
 
     kept: (B, S, L), nonzero where a token stays; or floats in [0, 1].
     batch_size: masked sequences of one forward at most.
@@ -56,7 +57,8 @@ def occlusion(
     norm: str | None = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """a_i = f(x) - f(x without token i): (B, L), or (B, C, L) for every class; 0 at special tokens and padding.
+    """a_i = f(x) - f(x without token i): (B, L), or (B, C, L) for every class, in the dtype of the model's logits; 0 at
+    special tokens and padding.
 
     Arguments as `GradientSettings` and `gradient_attribution`; as many rows run as there are tokens to take away.
     Raises as `gradient_attribution`.
@@ -118,9 +120,11 @@ def explanation_of_logits(
     """`linear_explanation` of logits (B, S, C) that `masked_logits` has given for `pool.spread(maskable)`, such as
     stored ones of a teacher. The class "predicted" is that of the first mask, which keeps every token.
 
-    maskable: (B, L), nonzero at the tokens that could be masked.
+    maskable: (B, L), nonzero at the tokens that could be masked. Logits do not tell how many tokens theirs had: that is
+        for the caller to keep together, as stored results do by their fingerprint.
 
-    Raises TypeError for what is no tensor or no pool, ValueError for logits of another pool and a target out of range.
+    Raises TypeError for what is no tensor or no pool, ValueError for logits of another number of masks or sequences and
+    a target out of range.
     """
     check_type("logits", logits, Tensor)
     check_type("pool", pool, MaskPool)

@@ -7,10 +7,14 @@ from torch import Tensor
 def soft_label_loss(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, *, scale_tau2: bool = True
 ) -> Tensor:
-    """τ² KL(softmax(teacher / τ) ‖ softmax(student / τ)), mean over the batch, in fp32.
+    """τ² KL(softmax(teacher / τ) ‖ softmax(student / τ)), mean over the batch: a scalar in fp32.
 
-    student_logits, teacher_logits: (B, C). One column is a score: mean squared error, without temperature.
+    student_logits, teacher_logits: (B, C), floats of any dtype. One column is a score: mean squared error, without
+        temperature.
+    temperature: τ, positive.
     scale_tau2: false leaves out τ², by which the gradient stays as large as that of hard labels.
+
+    Nothing is checked: unequal shapes are broadcast where they can be, else raise torch's RuntimeError.
     """
     student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
     if student_logits.shape[-1] == 1:

@@ -1,6 +1,6 @@
 """Models: taps into a running encoder, students made from a teacher or of another architecture, layer replacement."""
 
-from fastkd.models.architectures import Architecture, register_architecture
+from fastkd.models.architectures import Architecture, embeddings_of, register_architecture
 from fastkd.models.bilstm import BiLstmConfig, BiLstmForSequenceClassification, create_bilstm
 from fastkd.models.replacement import ReplaceableEncoder
 from fastkd.models.schedules import ReplacementSchedule, effective_rate
@@ -17,6 +17,7 @@ __all__ = [
     "create_bilstm",
     "create_student",
     "effective_rate",
+    "embeddings_of",
     "register_architecture",
     "tap",
 ]

@@ -21,9 +21,11 @@ def length(vectors: Tensor) -> Tensor:
 
 
 def normalise(scores: Tensor, norm: str | None) -> Tensor:
-    """â = a / ‖a‖ over the last dimension, of scores (..., L) that are 0 in padding.
+    """â = a / ‖a‖ over the last dimension, (..., L), of scores (..., L) that are 0 in padding, in their dtype.
 
     norm: "l1", "l2", or None for the scores as they are. Scores that are all 0 stay 0, and so does their gradient.
+
+    Raises ValueError for another norm.
     """
     check_norm(norm)
     if norm is None:
@@ -34,18 +36,19 @@ def normalise(scores: Tensor, norm: str | None) -> Tensor:
 
 
 def distance(student: Tensor, teacher: Tensor, mask: Tensor, kind: str = "l2") -> Tensor:
-    """How far normalised attributions are apart, a scalar:
+    """How far normalised attributions are apart, a scalar in the student's dtype (bf16 and fp16: fp32 under autocast):
 
         1/B Σ_b Σ_c 1/n_b Σ_i |âT_bci - âS_bci|^q,   n_b the tokens of sequence b
 
     AD-KD divides by the tokens of the whole batch; a mean over sequences is the same however a batch is cut.
 
-    student, teacher: (B, L) or (B, C, L) of equal shape; only the student gets a gradient.
+    student, teacher: (B, L) or (B, C, L) of equal shape, floats, the teacher's of any dtype; only the student gets a
+        gradient.
     mask: (B, L), nonzero at tokens. Sequences without a token, or where the teacher's scores are all zero (a saturated
         classifier explains nothing), add 0.
     kind: "l2" (q = 2), "l1" (q = 1), or "smooth_l1" (0.5 x² below 1, |x| - 0.5 above).
 
-    Scores that are NaN give NaN.
+    Scores that are NaN give NaN. Raises ValueError for another kind and for attributions of different shapes.
     """
     check_distance(kind)
     if student.shape != teacher.shape:

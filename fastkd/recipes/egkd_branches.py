@@ -2,8 +2,9 @@
 
 A branch is asked in two ways. `of_teacher` gives what is stored, for a batch of the data; `running_teacher` what one
 step needs, from a teacher that runs beside the student; `watched` is its forward that gave the soft labels. `loss` is
-the branch's term of a step, and whether it was finite: where it was not, it is 0 and gives no gradient, without a look
-at the device. What scores and masks belong to, tokens or words, is the batch's `units`.
+the branch's term of a step, and whether it was finite, None where nothing was explained: a term that was not is 0, and
+no part of its gradient is finite but 0, without a look at the device. What scores and masks belong to, tokens or words,
+is the batch's `units`.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -122,7 +123,7 @@ class GradientBranch:
         """Whether that forward has to have a second derivative."""
         return self.second_order == "exact" and self.takes_watched(batch)
 
-    def loss(self, batch: Explained) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Explained) -> tuple[Tensor, Tensor | None]:
         inputs, units, wanted, logits = batch.inputs, batch.units, batch.teacher[self.name], batch.teacher["logits"]
         student, watched = self.explained(batch), batch.watched if self.takes_watched(batch) else None
         scale = 1.0
@@ -133,7 +134,7 @@ class GradientBranch:
             here = torch.tensor(rows, dtype=torch.int64).to(logits.device, non_blocking=True)
             inputs, units, wanted, logits = rows_of(inputs, here), units.rows(here), wanted[here], logits[here]
             if not rows:
-                return logits.new_zeros(()).float(), torch.ones((), dtype=torch.bool, device=logits.device)
+                return logits.new_zeros(()).float(), None
         classes = self.classes(inputs)
         if isinstance(classes, str) and classes == "predicted":
             classes = logits.argmax(1)
@@ -263,6 +264,6 @@ def _masked(batch: Explained, kept: Tensor, baseline: str) -> Tensor:
 
 def _usable(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Both, and whether all their values are finite, a bool on their device; if not, both are 0 everywhere, where they
-    give no loss and no gradient."""
+    give no loss."""
     usable = student.isfinite().all() & teacher.isfinite().all()
     return student.masked_fill(~usable, 0), teacher.masked_fill(~usable, 0), usable

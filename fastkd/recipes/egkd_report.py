@@ -55,16 +55,20 @@ def explanation_report(
     student_reads: tuple | None = None,
     alignment: WordAlignment | None = None,
 ) -> dict[str, dict]:
-    """`Consistency` of teacher and student by the explainer it is of: "gradient", and "perturbation" where that branch
-    weighs something. Compared are the scores that the teacher's prediction has from tokens that are neither special nor
-    padding, or from words. "by_chance" holds the figures that unrelated explanations would have
-    (`fastkd.explain.by_chance`).
+    """How alike teacher and student explain, by the explainer: {"gradient": ..}, and {"perturbation": ..} beside it
+    where that branch weighs something. Each is a `fastkd.explain.Consistency` as a dict, "cosine", "spearman",
+    "overlap", "sequences" and "undefined", and beside these "by_chance", a dict of the first three as unrelated
+    explanations would have them (`fastkd.explain.by_chance`). Compared are the scores that the teacher's prediction has
+    from tokens that are neither special nor padding, or from words.
 
     teacher, student: models with heads. data: a split from `Task.tokenize`.
     page: where a few examples are shown with the gradient scores of both. task: its name, for the page's heading.
     student_reads: the student's tokenizer and its split, where they are not the teacher's; other tokens need an
         `alignment`.
     alignment: of the split, to compare words; None compares tokens.
+
+    Raises ValueError for a model that offers no embeddings, an alignment of other data, a class that the teacher
+    predicts and the student has not (on the CPU), and scores that are NaN or infinite: before a page is written.
     """
     models = {"teacher": teacher, "student": student}
     reads = {"teacher": (tokenizer, data), "student": student_reads or (tokenizer, data)}

@@ -40,7 +40,8 @@ class EgkdConfig(DistillationArguments):
         mask_baseline: what a masked token becomes, "zero" or "mask".
         selector: of the selection branch, arguments of `SelectorSettings`.
 
-    Raises ValueError for what does not fit, and for perturbation="embedding" beside a branch: both move embeddings.
+    Raises ValueError for what does not fit, for perturbation="embedding" beside a branch: both move embeddings, and for
+    gradient checkpointing with an exact second order.
     """
 
     branches: dict = field(default_factory=lambda: {"gradient": 10.0})
@@ -97,6 +98,11 @@ class EgkdConfig(DistillationArguments):
         if self.explaining and self.torch_compile:
             raise ValueError("the branches tap embeddings by hooks, which torch_compile=true skips; choose one")
         super().__post_init__()
+        if self.gradient_checkpointing and "gradient" in self.explaining and self.second_order == "exact":
+            raise ValueError(
+                "gradient_checkpointing=true runs layers again outside the pass that has a second derivative; choose "
+                "second_order=central_difference, or no checkpointing"
+            )
 
     @property
     def explaining(self) -> dict[str, float]:

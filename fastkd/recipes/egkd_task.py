@@ -40,14 +40,15 @@ class EgkdTrainer(DistillationTrainer):
         train_dataset, eval_dataset: from `Task.tokenize`.
         processing_class: the tokenizer, the student's.
 
-    Logged beside the loss terms: `explanations_skipped`, batches since the last log whose explanations were not finite.
+    Logged beside the loss terms: `explanations_skipped`, how often since the last log a branch's explanations of a
+    batch were not finite.
 
     Raises:
         ValueError: heads of different labels, results of other data or without a branch's part, of words for tokens or
             the reverse, labels out of range, a student that offers no embeddings: before anything is loaded to a
             device.
-        NotFiniteError: as `DistillationTrainer`, and where explanations were not finite `args.max_skipped` times in a
-            row.
+        NotFiniteError: as `DistillationTrainer`, and where a branch's explanations were not finite `args.max_skipped`
+            times in a row.
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class EgkdTrainer(DistillationTrainer):
         check_fingerprint(processing_class, teacher, train_dataset, args, alignment)
         self.branches = args.make_branches()
         self._teacher, self._running, self._explainable = teacher, None, None
-        self._skipped: Tensor | None = None  # (3,) on the device: since the last log, in a row, and longest row
+        self._skipped: dict[str, Tensor] = {}  # (3,) on the device: since the last log, in a row, and longest row
+        self._usable: Tensor | None = None  # of the batch that is being worked on, whether its explanations are finite
         stored = teacher if isinstance(teacher, TeacherResults) else None
         if train_dataset is not None:
             if alignment is not None:
@@ -103,7 +105,7 @@ class EgkdTrainer(DistillationTrainer):
         weights = {"task": 1 - args.soft_weight, "soft": args.soft_weight}
         if step >= self.switch:
             weights |= args.explaining
-            if step % args.explain_every:
+            if (step - self.switch) % args.explain_every:
                 weights.pop("gradient", None)
         return {name: weight for name, weight in weights.items() if weight}
 
@@ -122,7 +124,27 @@ class EgkdTrainer(DistillationTrainer):
             self._running, self.branches = running_teacher(
                 self._teacher, self.processing_class, self.train_dataset, self.args
             )
-        return super().train(*args, **kwargs)
+        result = super().train(*args, **kwargs)
+        self._stop_everywhere_if_skipped()
+        return result
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        usable, self._usable = self._usable, None
+        if usable is not None and not self.args.fp16:  # whose scaler skips a step with such a gradient
+            self._clear_gradients(usable)
+        return loss
+
+    @torch.no_grad()
+    def _clear_gradients(self, usable: Tensor) -> None:
+        """Where the batch's explanations were not finite, on any process, entries of the gradient that are not finite
+        become 0: a term that is 0 still has them, since 0 · inf is NaN. The others are the gradient of the rest."""
+        skipped = self.accelerator.reduce((~usable).float(), "sum") > 0
+        if self._reads_losses_at_once(usable) and not skipped:
+            return
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(skipped & ~parameter.grad.isfinite(), 0)
 
     def loss_terms(self, model, inputs):
         given = self.targets(inputs)
@@ -140,12 +162,11 @@ class EgkdTrainer(DistillationTrainer):
             terms["task"] = outputs.loss
         if "soft" in self.weights:
             terms["soft"] = soft_label_loss(outputs.logits, given["logits"], self.args.temperature)
-        usable = []
+        usable = {}
         for branch in active:
-            terms[branch.name], finite = branch.loss(batch)
-            usable.append(finite)
-        if usable:
-            self._count(torch.stack(usable).all())
+            terms[branch.name], usable[branch.name] = branch.loss(batch)
+        if active:
+            self._count(usable, outputs.logits.device)
         return terms, outputs
 
     def compute_targets(self, inputs):
@@ -182,31 +203,49 @@ class EgkdTrainer(DistillationTrainer):
         )
 
     @torch.no_grad()
-    def _count(self, usable: Tensor) -> None:
-        """Count a batch whose explanations were not finite, on the device."""
-        if self._skipped is None:
-            self._skipped = torch.zeros(3, dtype=torch.int64, device=usable.device)
-        total, row, longest = self._skipped
-        row = torch.where(usable, 0, row + 1)
-        self._skipped = torch.stack([total + ~usable, row, torch.maximum(longest, row)])
-        if self._reads_losses_at_once(usable):
-            self._stop_if_skipped(int(self._skipped[2]))
+    def _count(self, usable: dict[str, Tensor | None], device: torch.device) -> None:
+        """Count explanations of a batch that were not finite, on the device: each branch for itself, and none where
+        nothing was explained."""
+        if not self._skipped:
+            self._skipped = {branch.name: torch.zeros(3, dtype=torch.int64, device=device) for branch in self.branches}
+        self._usable = torch.ones((), dtype=torch.bool, device=device)
+        for name, finite in usable.items():
+            if finite is not None:
+                total, row, longest = self._skipped[name]
+                row = torch.where(finite, 0, row + 1)
+                self._skipped[name] = torch.stack([total + ~finite, row, torch.maximum(longest, row)])
+                self._usable = self._usable & finite
+        if self._reads_losses_at_once(self._usable):
+            self._stop_if_skipped({name: int(counts[2]) for name, counts in self._skipped.items()})
 
-    def _stop_if_skipped(self, longest: int) -> None:
-        if longest >= self.args.max_skipped:
-            raise NotFiniteError(
-                f"step {self.state.global_step}: the explanations of {longest} batches in a row were NaN or infinite "
-                f"(max_skipped={self.args.max_skipped}). The run stops; checkpoints in {self.args.output_dir} are from "
-                "before. Look at the teacher and the learning rate"
-            )
+    def _stop_if_skipped(self, longest: dict[str, int]) -> None:
+        for branch, row in longest.items():
+            if row >= self.args.max_skipped:
+                raise NotFiniteError(
+                    f"step {self.state.global_step}: the explanations of {row} batches in a row were NaN or infinite, "
+                    f"branch {branch} (max_skipped={self.args.max_skipped}). The run stops; checkpoints in "
+                    f"{self.args.output_dir} are from before. Look at the teacher and the learning rate"
+                )
+
+    def _stop_everywhere_if_skipped(self) -> int:
+        """On every rank alike; else how many were skipped since the last log, on all of them."""
+        if not self._skipped:
+            return 0
+        found = self.accelerator.gather(torch.stack([*self._skipped.values()])[None])  # (ranks, branches, 3)
+        self._stop_if_skipped(dict(zip(self._skipped, found[:, :, 2].amax(0).tolist(), strict=True)))
+        return int(found[:, :, 0].sum())
+
+    def _save_checkpoint(self, model, trial):
+        self._stop_everywhere_if_skipped()
+        super()._save_checkpoint(model, trial)
 
     def extra_logs(self):
-        if self._skipped is None:
+        if not self._skipped:
             return {}
-        found = self.accelerator.gather(self._skipped[None])
-        self._stop_if_skipped(int(found[:, 2].max()))
-        self._skipped = torch.stack([torch.zeros_like(self._skipped[0]), *self._skipped[1:]])
-        return {"explanations_skipped": int(found[:, 0].sum())}
+        skipped = self._stop_everywhere_if_skipped()
+        for branch, counts in self._skipped.items():
+            self._skipped[branch] = torch.cat([torch.zeros_like(counts[:1]), counts[1:]])
+        return {"explanations_skipped": skipped}
 
     def description(self):
         args, lines = self.args, super().description()
@@ -312,7 +351,9 @@ def check_results(model, teacher: TeacherResults | PreTrainedModel, data, args: 
         given = teacher.config.num_labels
     if given != classes:
         raise ValueError(f"the teacher has {given} labels, the student {classes}; both need the task's")
-    if data is not None and classes > 1 and "labels" in data.column_names:
+    if data is not None and "labels" not in data.column_names:
+        raise ValueError(f"the training data has the columns {', '.join(data.column_names)}; labels are needed")
+    if data is not None and classes > 1:
         low, high = min(data["labels"][:]), max(data["labels"][:])
         if low < 0 or high >= classes:
             raise ValueError(

@@ -96,7 +96,7 @@ def test_double_backward_is_the_slope_of_the_distance(classifier, bert, batch, s
     torch.testing.assert_close(along, slope, rtol=1e-5, atol=1e-9)
 
 
-def test_fp32_keeps_three_digits(classifier, bert, batch):
+def test_in_fp32_both_agree_to_two_in_a_thousand(classifier, bert, batch):
     bert.float()
     exact, near = _both(classifier, batch, SETTINGS["gradient x input"])
     error = _relative(_gradient(bert, near), _gradient(bert, exact))

@@ -20,9 +20,12 @@ from fastkd.recipes import (
     ArcStageATrainer,
     ArcStageBConfig,
     ArcStageBTrainer,
+    EgkdConfig,
+    EgkdTrainer,
     FineTuneConfig,
     FineTuneTrainer,
     stage_b_encoder,
+    teacher_results,
 )
 
 
@@ -196,6 +199,36 @@ def make_stage_b(make_teacher, tokenizer, tokens, settings):
             train_dataset=tokens["train"],
             eval_dataset=tokens["validation"],
             callbacks=callbacks,
+        )
+
+    return make
+
+
+_BRANCHES = {"gradient": 10.0, "perturbation": 0.5, "selection": 0.5}
+
+
+@pytest.fixture(scope="session")
+def make_egkd(make_teacher, tokenizer, tokens, settings, tmp_path_factory):
+    """make_egkd(branches=.., stored=.., ..): the trainer of a student of two layers, with all branches from the first
+    step on. What is stored of the usual teacher serves all runs."""
+    file = tmp_path_factory.mktemp("results") / "results.safetensors"
+
+    def make(dropout=0.1, teacher=None, student=None, data=None, stored=True, branches=_BRANCHES, **changes):
+        sections = {"pool": {"samples": 6}, "selector": {"epochs": 1, "hidden": 8}}
+        config = EgkdConfig(**settings(**{"branches": branches, "explain_after": 0.0, **sections, **changes}))
+        usual = teacher is None and data is None and not changes.keys() & {"gradient", "target"}
+        given, data = teacher or make_teacher(dropout=0.0), data or tokens["train"]
+        if stored:
+            path = file if usual else tmp_path_factory.mktemp("results") / "results.safetensors"
+            everything = settings(branches=_BRANCHES, use_cpu=config.use_cpu, **sections)
+            given = teacher_results(given, tokenizer, data, EgkdConfig(**everything) if usual else config, path)
+        return EgkdTrainer(
+            student or fastkd.create_student(make_teacher(dropout=dropout), layers=2),
+            config,
+            teacher=given,
+            processing_class=tokenizer,
+            train_dataset=data,
+            eval_dataset=tokens["validation"],
         )
 
     return make

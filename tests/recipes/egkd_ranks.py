@@ -19,10 +19,10 @@ from fastkd.recipes import EgkdConfig, EgkdTrainer, teacher_results
 
 _ALL = {"gradient": 1e3, "perturbation": 1.0, "selection": 1.0}
 RUNS = {
-    "central": {"branches": {"gradient": 1e3}},
+    "central": {"branches": {"gradient": 1e3}, "second_order": "central_difference"},
     "exact": {"branches": {"gradient": 1e3}, "second_order": "exact", "explain_every": 2},
     "all": {"branches": _ALL, "masks": 2, "explain_share": 0.5},
-    "accumulated": {"branches": _ALL, "gradient_accumulation_steps": 2},
+    "accumulated": {"branches": _ALL, "second_order": "central_difference", "gradient_accumulation_steps": 2},
 }
 
 

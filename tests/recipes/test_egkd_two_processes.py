@@ -37,8 +37,10 @@ def test_two_processes_equal_one(folder, found, run):
     start = {name: tensor.clone() for name, tensor in alone.model.state_dict().items()}
     alone.train()
     together = torch.load(folder / f"{run}-0.pt")
+    # A central difference is one of two numbers nearly alike, whose rounding is another in half a batch.
+    differs = ranks.RUNS[run].get("second_order") == "central_difference"
     for name, tensor in alone.model.state_dict().items():
-        torch.testing.assert_close(together[name], tensor, atol=2e-6, rtol=0, msg=name)
+        torch.testing.assert_close(together[name], tensor, atol=1e-5 if differs else 2e-6, rtol=0, msg=name)
     assert max((tensor - start[name]).abs().max() for name, tensor in together.items()) > 1e-3
     for step, terms in ranks.losses(alone).items():
         assert found[0][run][str(step)] == pytest.approx(terms, rel=1e-5, abs=2e-6)

@@ -181,8 +181,10 @@ def test_a_student_learns_from_explanations_of_words(
     assert trainer.evaluate()["eval_accuracy"] > max(before, 0.9)
 
 
-def test_a_resumed_run_repeats_every_loss_to_the_last_bit(make_egkd, assert_resumes_exactly):
-    assert_resumes_exactly(lambda **changes: make_egkd(explain_after=0.3, masks=2, explain_share=0.5, **changes))
+@pytest.mark.parametrize("second_order", ["exact", "central_difference"])
+def test_a_resumed_run_repeats_every_loss_to_the_last_bit(make_egkd, assert_resumes_exactly, second_order):
+    how = {"explain_after": 0.3, "masks": 2, "explain_share": 0.5, "second_order": second_order}
+    assert_resumes_exactly(lambda **changes: make_egkd(**how, **changes))
 
 
 @pytest.fixture(scope="module")
