@@ -57,7 +57,7 @@ def occlusion(
     norm: str | None = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """a_i = f(x) - f(x without token i): (B, L), or (B, C, L) for every class, in the dtype of the model's logits; 0 at
+    """a_i = f(x) - f(x without token i): (B, L), or (B, C, L) for every class, in the dtype of the model's scores; 0 at
     special tokens and padding.
 
     Arguments as `GradientSettings` and `gradient_attribution`; as many rows run as there are tokens to take away.
@@ -72,12 +72,12 @@ def occlusion(
     rows, places = maskable.nonzero().unbind(1)
     kept = torch.ones(len(rows), maskable.shape[1], dtype=torch.bool, device=maskable.device)
     kept[torch.arange(len(rows), device=rows.device), places] = False
-    scores = whole.new_zeros(*classes.shape, maskable.shape[1])
+    own = class_scores(whole, classes, score)  # under autocast a log-probability has more digits than a logit
+    scores = own.new_zeros(*classes.shape, maskable.shape[1])
     if len(rows):
         embeddings = classifier.embed(inputs)
         parts = list(_logits_of_rows(classifier, inputs, embeddings, rows, kept, baseline, batch_size))
-        without = class_scores(torch.cat(parts), classes[rows], score)
-        scores[rows, :, places] = class_scores(whole, classes, score)[rows] - without
+        scores[rows, :, places] = own[rows] - class_scores(torch.cat(parts), classes[rows], score)
     scores = normalise(scores, norm)
     return scores[:, 0] if single(target) else scores
 

@@ -14,8 +14,13 @@ def soft_label_loss(
     temperature: τ, positive.
     scale_tau2: false leaves out τ², by which the gradient stays as large as that of hard labels.
 
-    Nothing is checked: unequal shapes are broadcast where they can be, else raise torch's RuntimeError.
+    Raises ValueError for unequal shapes.
     """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} must have "
+            "one shape (B, C)"
+        )
     student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
     if student_logits.shape[-1] == 1:
         return F.mse_loss(student_logits, teacher_logits)

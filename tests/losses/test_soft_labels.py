@@ -28,3 +28,8 @@ def test_a_score_gives_the_squared_error(logits):
 def test_huge_logits_and_a_small_temperature_stay_finite():
     teacher, student = torch.tensor([[1e4, -1e4]]), torch.tensor([[-1e4, 1e4]])
     assert soft_label_loss(student, teacher, 0.5).isfinite()
+
+
+def test_one_column_against_three_is_refused():
+    with pytest.raises(ValueError, match=r"\(4, 1\) and teacher_logits \(4, 3\) must have one shape"):
+        soft_label_loss(torch.zeros(4, 1), torch.zeros(4, 3), 2.0)
