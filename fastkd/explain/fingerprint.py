@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers.models.auto.modeling_auto  # noqa: F401  (AutoConfig knows fastkd's own students once this is there)
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
@@ -21,7 +22,9 @@ COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 _SHOWN = 12  # characters of a digest
 # What makes another function of the same tensors. Not the whole configuration, whose defaults change with transformers.
 _BESIDE_WEIGHTS = (
-    "model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "position_embedding_type", "pad_token_id",
+    "model_type", "num_attention_heads", "pad_token_id", "hidden_act", "activation", "hidden_activation",
+    "layer_norm_eps", "norm_eps", "position_embedding_type", "position_buckets", "max_relative_positions",
+    "relative_attention", "pos_att_type", "share_att_key", "local_attention", "layer_types", "rope_parameters",
 )  # fmt: skip
 _NOTHING = "nothing"
 
@@ -48,8 +51,8 @@ class Fingerprint:
 
     @staticmethod
     def of(teacher: nn.Module | str | Path | None, tokenizer, data, settings: Mapping[str, Any]) -> Fingerprint:
-        """teacher: the model, or the folder it was saved to: both have one fingerprint, and of a folder only the bytes
-        are read; None is one that is still to come. tokenizer: one of transformers. data: rows with `COLUMNS`, a
+        """teacher: the model, or the folder it was saved to: both have one fingerprint, and no model is made of a
+        folder; None is one that is still to come. tokenizer: one of transformers. data: rows with `COLUMNS`, a
         datasets.Dataset or mapping of lists.
 
         Raises TypeError for settings that are no JSON values, ValueError as `of_teacher` and `of_data`."""
@@ -94,26 +97,36 @@ class Fingerprint:
 
 
 def of_teacher(teacher: nn.Module | str | Path) -> str:
-    """Digest of names, dtypes, shapes and bytes of all tensors, and of what the configuration says beside them, where
-    there is one. A model has that of the folder it was saved to by `save_pretrained`, as long as no two of its
-    parameters are tied.
+    """Digest of the weights, and of what a configuration of transformers says of their function beside them. A model
+    has that of the folder it was saved to by `save_pretrained`.
 
-    Raises ValueError for a folder without safetensors files.
+    Raises ValueError as `of_weights`, and for a folder whose configuration transformers does not know.
+    """
+    digest = of_weights(teacher)
+    if (config := _configuration(teacher)) is None:
+        return digest
+    beside = {name: getattr(config, name, None) for name in _BESIDE_WEIGHTS}
+    return hashlib.sha256(json.dumps([digest, beside], default=str).encode()).hexdigest()
+
+
+def of_weights(teacher: nn.Module | str | Path) -> str:
+    """Digest of names, dtypes, shapes and bytes of all tensors. A model has that of the folder it was saved to by
+    `save_pretrained`, as long as no two of its parameters are tied.
+
+    Raises ValueError for a folder without safetensors files, and for what is no folder.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_named(teacher), key=lambda pair: pair[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes(tensor))
-    if (config := _configuration(teacher)) is not None:
-        digest.update(json.dumps({name: getattr(config, name, None) for name in _BESIDE_WEIGHTS}).encode())
     return digest.hexdigest()
 
 
 def of_tokenizer(tokenizer) -> str:
     """Digest of the vocabulary, of the special tokens by role, and of the whole pipeline of a fast tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    special = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
-    parts = {"vocabulary": tokenizer.get_vocab(), "special": special}
+    roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
+    parts = {"vocabulary": tokenizer.get_vocab(), "special": sorted(tokenizer.all_special_tokens), "roles": roles}
     if backend is not None:
         pipeline = json.loads(backend.to_str())
         # Set by the last call with padding or truncation: the data's digest knows what came of it.

@@ -3,8 +3,8 @@
 A branch is asked in two ways. `of_teacher` gives what is stored, for a batch of the data; `running_teacher` what one
 step needs, from a teacher that runs beside the student; `watched` is its forward that gave the soft labels. `loss` is
 the branch's term of a step, and whether it was finite, None where nothing was explained: a term that was not is 0, and
-no part of its gradient is finite but 0, without a look at the device. What scores and masks belong to, tokens or words,
-is the batch's `units`.
+its gradient is 0, or NaN where 0 meets an infinity, without a look at the device. What scores and masks belong to,
+tokens or words, is the batch's `units`.
 """
 
 from dataclasses import asdict, dataclass, field

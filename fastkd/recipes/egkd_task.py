@@ -45,8 +45,8 @@ class EgkdTrainer(DistillationTrainer):
 
     Raises:
         ValueError: heads of different labels, results of other data or without a branch's part, of words for tokens or
-            the reverse, labels out of range, a student that offers no embeddings: before anything is loaded to a
-            device.
+            the reverse, labels that are missing or out of range, a student that offers no embeddings: before anything
+            is loaded to a device.
         NotFiniteError: as `DistillationTrainer`, and where a branch's explanations were not finite `args.max_skipped`
             times in a row.
     """
@@ -96,7 +96,8 @@ class EgkdTrainer(DistillationTrainer):
     @property
     def switch(self) -> int:
         """The first step with branches: there is one, however short the run."""
-        return min(round(self.args.explain_after * self.state.max_steps), self.state.max_steps - 1)
+        last = max(0, self.state.max_steps - 1)
+        return min(round(self.args.explain_after * self.state.max_steps), last)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -137,10 +138,11 @@ class EgkdTrainer(DistillationTrainer):
 
     @torch.no_grad()
     def _clear_gradients(self, usable: Tensor) -> None:
-        """Where the batch's explanations were not finite, on any process, entries of the gradient that are not finite
-        become 0: a term that is 0 still has them, since 0 · inf is NaN. The others are the gradient of the rest."""
+        """Where the batch's explanations were not finite, on any process, entries of the step's gradient that are not
+        finite become 0: a term that is 0 still has them, since 0 · inf is NaN. To what else such an entry was the sum
+        of, other terms, batches and processes, it says nothing any more."""
         skipped = self.accelerator.reduce((~usable).float(), "sum") > 0
-        if self._reads_losses_at_once(usable) and not skipped:
+        if usable.device.type == "cpu" and not skipped:
             return
         for parameter in self.model.parameters():
             if parameter.grad is not None:
@@ -351,9 +353,15 @@ def check_results(model, teacher: TeacherResults | PreTrainedModel, data, args: 
         given = teacher.config.num_labels
     if given != classes:
         raise ValueError(f"the teacher has {given} labels, the student {classes}; both need the task's")
-    if data is not None and "labels" not in data.column_names:
-        raise ValueError(f"the training data has the columns {', '.join(data.column_names)}; labels are needed")
-    if data is not None and classes > 1:
+    if data is None:
+        return
+    if "labels" not in data.column_names:
+        if args.soft_weight < 1 or (args.target == "label" and "gradient" in args.explaining):
+            raise ValueError(
+                f"the training data has the columns {', '.join(data.column_names)}; labels are needed, unless "
+                "soft_weight is 1 and target is not 'label'"
+            )
+    elif classes > 1:
         low, high = min(data["labels"][:]), max(data["labels"][:])
         if low < 0 or high >= classes:
             raise ValueError(

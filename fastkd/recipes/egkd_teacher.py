@@ -92,7 +92,8 @@ def teacher_results(
 ) -> TeacherResults:
     """Logits of the teacher on all of `data`, and what each branch needs of it: read from `path`, or computed and
     written there where there is no such file. What was stopped goes on where it was: until the file is complete,
-    what is computed so far, a trained selector among it, stands in a folder beside it, PATH.parts.
+    what is computed so far, a trained selector among it, stands in a folder beside it, PATH.parts. Neither the selector
+    nor the file knows the order of batches it was made in.
 
     teacher: the folder of the fine-tuned teacher, or the model. If the file is there, no model is made of the folder.
     data: `Task.tokenize(...)["train"]`, in the order in which the trainer gets it.

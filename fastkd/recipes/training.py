@@ -268,7 +268,8 @@ class DistillationTrainer(Trainer):
             self._stop_if_not_finite(self._first_bad)
 
     def _reads_losses_at_once(self, loss: Tensor) -> bool:
-        return loss.device.type == "cpu"
+        """Where nobody waits: neither a device for the host, nor another process for one that has stopped."""
+        return loss.device.type == "cpu" and self.args.world_size == 1
 
     def _stop_if_not_finite(self, *found: Tensor) -> None:
         step, *ids = min((record.tolist() for record in found), default=[_NEVER])

@@ -14,7 +14,7 @@ def test_every_form_is_measured_for_every_student(glue_folder, tmp_path):
     assert [name for name, _ in rows] == ["random weights", *(f"first layers, {step} steps" for step in LEARNT)]
     for _, errors in rows:
         assert len(errors) == len(STEPS) + 3
-        assert 0 < errors[f"difference, fp64, step {FP64_STEP:g}"] < 1e-6
+        assert 0 < errors[f"difference, fp64, step {FP64_STEP:g}"] < 1e-5
         differences = {errors[f"difference, fp32, step {step:g}"] for step in STEPS}
         assert len(differences) == len(STEPS) and 0 < min(differences) <= max(differences) < 0.1
         assert 0 < errors["double backward, fp32"] < 1e-4 < errors["double backward, bf16"] < 0.1

@@ -8,7 +8,15 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from fastkd.explain import (
     Fingerprint,
@@ -22,7 +30,8 @@ from fastkd.explain import (
     linear_explanation,
     masked_logits,
 )
-from fastkd.explain.fingerprint import of_data, of_teacher, of_tokenizer
+from fastkd.explain.fingerprint import of_data, of_teacher, of_tokenizer, of_weights
+from fastkd.models import BiLstmConfig, BiLstmForSequenceClassification
 
 POOL = MaskPool(samples=6)
 SETTINGS = {"gradient": dataclasses.asdict(GradientSettings()), "pool": dataclasses.asdict(POOL)}
@@ -104,9 +113,30 @@ def test_scores_are_stored_in_fp16_unless_asked_otherwise(classifier, batch, fin
     )
 
 
-def test_a_saved_teacher_has_the_fingerprint_of_its_folder(tmp_path, bert):
-    bert.save_pretrained(tmp_path)
-    assert of_teacher(tmp_path) == of_teacher(bert)
+_TINY = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+_TEACHERS = {
+    "bert": lambda: BertForSequenceClassification(BertConfig(**_TINY)),
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**_TINY)),
+    "distilbert": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=30, dim=8, n_layers=1, n_heads=2, hidden_dim=8)
+    ),
+    "bilstm": lambda: BiLstmForSequenceClassification(BiLstmConfig(vocab_size=30, hidden_size=8)),
+}
+
+
+@pytest.mark.parametrize("architecture", _TEACHERS)
+def test_a_saved_teacher_has_the_fingerprint_of_its_folder(tmp_path, architecture):
+    teacher = _TEACHERS[architecture]()
+    before = of_teacher(teacher)
+    teacher.save_pretrained(tmp_path)
+    assert of_teacher(tmp_path) == of_teacher(teacher) == of_teacher(type(teacher).from_pretrained(tmp_path)) == before
+
+
+def test_an_activation_is_part_of_the_fingerprint():
+    one, other = _TEACHERS["distilbert"](), _TEACHERS["distilbert"]()
+    other.load_state_dict(one.state_dict())
+    other.config.activation = "relu"
+    assert of_weights(one) == of_weights(other) and of_teacher(one) != of_teacher(other)
 
 
 def test_a_sharded_teacher_has_the_same_fingerprint(tmp_path, bert):

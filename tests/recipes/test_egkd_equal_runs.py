@@ -23,7 +23,9 @@ def test_a_resumed_run_repeats_every_loss_to_the_last_bit(make_egkd, assert_resu
 @pytest.mark.parametrize("share", [0.5, 1.0], ids=["half the sequences", "the labels' forward"])
 def test_accumulating_4_x_8_equals_1_x_32(make_egkd, assert_accumulation_changes_nothing, second_order, share):
     how = {"second_order": second_order, "explain_share": share}
-    assert_accumulation_changes_nothing(lambda **changes: make_egkd(**how, **changes))
+    # A central difference is one of two numbers nearly alike, whose rounding is another in a part of a batch.
+    atol = 1e-5 if second_order == "central_difference" else 1e-6
+    assert_accumulation_changes_nothing(lambda **changes: make_egkd(**how, **changes), atol)
 
 
 def test_workers_load_what_the_trainer_loads_itself(make_egkd):

@@ -37,7 +37,7 @@ def in_fp16(trainer, monkeypatch) -> None:
 
 def test_in_fp16_the_exact_form_explains_the_student_without_autocast(make_egkd, monkeypatch):
     """The loss has a scaler against underflow, the score that is explained has none."""
-    trainer = make_egkd(branches={"gradient": 1.0}, second_order="exact", dropout=0.0)
+    trainer = make_egkd(branches={"gradient": 1.0}, second_order="exact", dropout=0.0, use_cpu=True)
     scale_scores(trainer.model.eval())
     [batch, *_] = trainer.get_train_dataloader()
     found = []
@@ -54,7 +54,9 @@ def test_in_fp16_the_exact_form_explains_the_student_without_autocast(make_egkd,
 
 def test_in_fp16_a_running_teacher_is_explained_without_autocast(make_egkd, make_teacher, monkeypatch):
     teacher = make_teacher(dropout=0.0)
-    trainer = make_egkd(teacher=teacher, stored=False, branches={"gradient": 1.0}, dropout=0.0, max_steps=1)
+    trainer = make_egkd(
+        teacher=teacher, stored=False, branches={"gradient": 1.0}, dropout=0.0, max_steps=1, use_cpu=True
+    )
     trainer.train()
     scale_scores(teacher)
     [batch, *_] = trainer.get_train_dataloader()

@@ -67,7 +67,9 @@ def test_central_differences_from_a_gradient_with_an_infinity_spoil_no_parameter
     monkeypatch.setattr(
         gradient, "gradients_of", lambda *a, **k: original(*a, **k).index_fill(0, torch.tensor([1]), torch.inf)
     )
-    trainer = make_egkd(branches={"gradient": 1e4}, second_order="central_difference", max_steps=2, max_skipped=9)
+    trainer = make_egkd(
+        branches={"gradient": 1e4}, second_order="central_difference", max_steps=2, max_skipped=9, use_cpu=True
+    )
     trainer.train()
     assert [line["explanations_skipped"] for line in lines_of(trainer)] == [1, 1]
     assert all(torch.isfinite(tensor).all() for tensor in trainer.model.state_dict().values())

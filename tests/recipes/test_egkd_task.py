@@ -77,9 +77,15 @@ def test_scores_that_are_not_normalised_are_stored_as_they_are(make_egkd):
     assert dtypes == [torch.float16, torch.float32]
 
 
-def test_training_data_without_labels_is_refused(make_egkd, tokens):
-    with pytest.raises(ValueError, match=r"the training data has the columns .*; labels are needed"):
-        make_egkd(data=tokens["train"].remove_columns("labels"))
+def test_training_data_without_labels_serves_soft_labels_alone(make_egkd, tokens):
+    data = tokens["train"].remove_columns("labels")
+    for how in ({}, {"soft_weight": 1.0, "target": "label", "stored": False}):
+        with pytest.raises(ValueError, match=r"the training data has the columns .*; labels are needed"):
+            make_egkd(data=data, **{"stored": False} | how)
+    trainer = make_egkd(data=data, soft_weight=1.0, max_steps=1)
+    trainer.train()
+    [line] = lines_of(trainer)
+    assert "loss_task" not in line and all(line[f"loss_{name}"] > 0 for name in ("soft", *ALL))
 
 
 def test_without_a_branch_it_is_plain_distillation(make_egkd, make_teacher):

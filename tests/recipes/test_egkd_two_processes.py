@@ -60,6 +60,13 @@ def test_both_ranks_hold_and_log_the_same(folder, found):
     assert found[0]["all"] == found[1]["all"]
 
 
+def test_an_overflow_on_one_rank_spoils_no_parameter_of_either(folder, found):
+    assert found[0]["skipped"] == found[1]["skipped"] == [0, 1, 0, 0]
+    first, second = (torch.load(folder / f"overflowing-{rank}.pt") for rank in (0, 1))
+    for name, tensor in first.items():
+        assert tensor.isfinite().all() and torch.equal(tensor, second[name]), name
+
+
 def test_a_run_of_two_processes_resumes_exactly_across_the_beginning_of_the_branches(found):
     for step in ("3", "4", "5"):
         assert found[0]["resumed"][step] == found[0]["whole"][step]
