@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from fastkd.benchmarks.fastest_backends import orders_by_replay
 from fastkd.benchmarks.harness import PHASES
+from fastkd.whole_file import whole_file
 
 COLUMNS = [
     "op", "shape", "length", "tokens", "dtype", "width", "provider", "role", "status",
@@ -27,12 +27,10 @@ _HEADINGS = dict(
 def write_csv(path: Path, rows: list[dict]) -> None:
     """All rows at once: a run that is stopped leaves the file of the run before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(row | {"shape": json.dumps(row["shape"])} for row in rows)
-    os.replace(unfinished, path)
 
 
 def case_of(row: dict) -> tuple:

@@ -33,7 +33,7 @@ def read(path: str | os.PathLike, kind: str) -> tuple[Fingerprint, dict[str, Ten
         ValueError: a folder, a file of another kind, of another version of fastkd, or cut short.
     """
     if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder; a file of {kind} is needed")
+        raise ValueError(f"{path} is a folder; name a file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -139,8 +139,8 @@ class EgkdTrainer(DistillationTrainer):
     @torch.no_grad()
     def _clear_gradients(self, usable: Tensor) -> None:
         """Where the batch's explanations were not finite, on any process, entries of the step's gradient that are not
-        finite become 0: a term that is 0 still has them, since 0 · inf is NaN. To what else such an entry was the sum
-        of, other terms, batches and processes, it says nothing any more."""
+        finite become 0: a term that is 0 still has them, since 0 · inf is NaN. What other terms, accumulated batches
+        and processes had added to such an entry is lost with it."""
         skipped = self.accelerator.reduce((~usable).float(), "sum") > 0
         if usable.device.type == "cpu" and not skipped:
             return

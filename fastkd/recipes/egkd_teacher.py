@@ -74,9 +74,12 @@ def special_ids(tokenizer) -> list[int]:
 
 
 def results_settings(data, args: EgkdConfig) -> dict[str, dict]:
-    """By branch, what its results depend on beside the teacher, the tokenizer and the token ids."""
+    """By branch, what its results depend on beside the teacher, the tokenizer and the token ids. Raises ValueError for
+    data without the labels that are explained."""
     settings = {branch.name: branch.belongs_to() for branch in args.make_branches()}
     if "gradient" in settings and args.target == "label":
+        if "labels" not in data.column_names:
+            raise ValueError(f"target='label' needs labels; the data has the columns {', '.join(data.column_names)}")
         labels = ",".join(map(str, data["labels"][:]))
         settings["gradient"]["labels"] = hashlib.sha256(labels.encode()).hexdigest()
     return settings

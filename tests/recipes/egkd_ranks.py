@@ -15,7 +15,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fastkd
-from fastkd.recipes import EgkdConfig, EgkdTrainer, egkd_branches, teacher_results
+from fastkd.recipes import EgkdConfig, EgkdTrainer, NotFiniteError, egkd_branches, teacher_results
 
 _ALL = {"gradient": 1e3, "perturbation": 1.0, "selection": 1.0}
 RUNS = {
@@ -51,20 +51,35 @@ def losses(trainer) -> dict[int, dict[str, float]]:
     }
 
 
-def overflow_once(trainer, here: bool) -> None:
-    """The head's input is infinite at the second masked pass, and so is what autograd keeps of it."""
-    original, calls = egkd_branches.masked_logits, iter(range(10**6))
+def overflowing_once(explain, model):
+    """`explain`, during whose second call the input of the model's head is infinite, and so is what autograd keeps of
+    it."""
+    calls = iter(range(10**6))
 
-    def masked_logits(*args, **kwargs):
-        if next(calls) != 1 or not here:
-            return original(*args, **kwargs)
-        hook = trainer.model.classifier.register_forward_pre_hook(lambda _, given: (given[0] * torch.inf,))
+    def overflowing(*args, **kwargs):
+        if next(calls) != 1:
+            return explain(*args, **kwargs)
+        hook = model.classifier.register_forward_pre_hook(lambda _, given: (given[0] * torch.inf,))
         try:
-            return original(*args, **kwargs)
+            return explain(*args, **kwargs)
         finally:
             hook.remove()
 
-    egkd_branches.masked_logits = masked_logits
+    return overflowing
+
+
+def overflow(rank: int, trainer) -> str:
+    """Trains with one overflow under masks, on the second rank alone. What stopped the run, or nothing."""
+    original = egkd_branches.masked_logits
+    if rank == 1:
+        egkd_branches.masked_logits = overflowing_once(original, trainer.model)
+    try:
+        trainer.train()
+    except NotFiniteError as error:
+        return str(error)
+    finally:
+        egkd_branches.masked_logits = original
+    return ""
 
 
 def main(folder: Path) -> None:
@@ -77,15 +92,12 @@ def main(folder: Path) -> None:
         torch.save(trainer.model.state_dict(), folder / f"{run}-{rank}.pt")
         found[run] = losses(trainer)
 
-    # Under masks the second rank overflows once.
-    overflowing = make_trainer(
-        "all", folder, 16, output_dir=str(folder / "overflowing"), branches={"perturbation": 1.0}
-    )
-    overflow_once(overflowing, here=rank == 1)
-    overflowing.train()
-    torch.save(overflowing.model.state_dict(), folder / f"overflowing-{rank}.pt")
-    skipped = [line["explanations_skipped"] for line in overflowing.state.log_history if "explanations_skipped" in line]
-    found["skipped"] = skipped
+    masked = {"output_dir": str(folder / "overflow"), "branches": {"perturbation": 1.0}}
+    counting, stopping = (make_trainer("all", folder, 16, max_skipped=rows, **masked) for rows in (2, 1))
+    found["overflow"] = [overflow(rank, trainer) for trainer in (counting, stopping)]
+    torch.save(counting.model.state_dict(), folder / f"overflow-{rank}.pt")
+    lines = [line for line in counting.state.log_history if "explanations_skipped" in line]
+    found["skipped"] = [line["explanations_skipped"] for line in lines]
 
     # With dropout, from a checkpoint before the branches begin.
     kept = {"dropout": 0.1, "optim": "adamw_torch_fused", "learning_rate": 1e-3, "output_dir": str(folder / "long")}

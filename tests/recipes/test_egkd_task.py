@@ -82,6 +82,8 @@ def test_training_data_without_labels_serves_soft_labels_alone(make_egkd, tokens
     for how in ({}, {"soft_weight": 1.0, "target": "label", "stored": False}):
         with pytest.raises(ValueError, match=r"the training data has the columns .*; labels are needed"):
             make_egkd(data=data, **{"stored": False} | how)
+    with pytest.raises(ValueError, match="target='label' needs labels; the data has the columns"):
+        make_egkd(data=data, soft_weight=1.0, target="label")
     trainer = make_egkd(data=data, soft_weight=1.0, max_steps=1)
     trainer.train()
     [line] = lines_of(trainer)

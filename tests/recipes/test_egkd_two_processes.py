@@ -62,9 +62,15 @@ def test_both_ranks_hold_and_log_the_same(folder, found):
 
 def test_an_overflow_on_one_rank_spoils_no_parameter_of_either(folder, found):
     assert found[0]["skipped"] == found[1]["skipped"] == [0, 1, 0, 0]
-    first, second = (torch.load(folder / f"overflowing-{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(folder / f"overflow-{rank}.pt") for rank in (0, 1))
     for name, tensor in first.items():
         assert tensor.isfinite().all() and torch.equal(tensor, second[name]), name
+
+
+def test_both_ranks_stop_where_one_overflows(found):
+    for rank in found:
+        counted, stopped = rank["overflow"]
+        assert not counted and "the explanations of 1 batches in a row were NaN or infinite" in stopped
 
 
 def test_a_run_of_two_processes_resumes_exactly_across_the_beginning_of_the_branches(found):
