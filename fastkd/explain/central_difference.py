@@ -8,20 +8,22 @@ J the score that is explained. With D the distance to the teacher's scores and u
                = d/dθ [J(e(θ) + h ū, θ) - J(e(θ) - h ū, θ)] / 2h + O(h²)
 
 The first term is an ordinary gradient with G held constant. The second is that of two forwards from moved embeddings,
-each a first-order pass of the whole model, with whatever fused attention it has. e(θ) stays in the graph: the
-embeddings learn from both terms. For integrated gradients the same holds at each point of the path, whose dependence on
-e(θ) is kept too; for several classes, for each class with its own u.
+each a first-order pass of the whole model, with whatever fused attention it has; both run in the backward, one after
+the other, so that beside the step's own graph there is that of one pass. e(θ) stays in the graph: the embeddings learn
+from both terms. For integrated gradients the same holds at each point of the path, whose dependence on e(θ) is kept
+too; for several classes, for each class with its own u.
 
 ū is scaled for each sequence and class to the size of its embeddings, h ū = s · rms(e) · u / rms(u), with s the
 relative step: 3e-3 in fp32, a compromise between the error of the difference, of order s², which grows as the student
 learns, and that of rounding, of order 2⁻²⁴ / s, which is largest before (docs/methods/egkd.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastkd.explain.arguments import check_positive, check_type
 from fastkd.explain.classifier import Classifier, Draws, Inputs, Watched
@@ -103,26 +105,65 @@ def central_difference(
         baseline = classifier.baseline(inputs, settings.baseline, embeddings, before)
         with torch.autocast(embeddings.device.type, enabled=False):
             if watched is None:
-                gradient, classes = mean_gradient(
+                gradient, classes, logits = mean_gradient(
                     classifier, inputs, settings, embeddings, baseline, target, batch_size=batch_size, draws=draws
                 )
             else:
-                gradient, classes = gradient_of_watched(watched, settings, target)
+                gradient, classes, logits = gradient_of_watched(watched, settings, target)
             gradient = gradient.detach().requires_grad_()
             loss = _distance(distance, settings, gradient, embeddings, baseline, valid, single(target))
             [pull] = torch.autograd.grad(loss, gradient, retain_graph=True)
             direction, rate = _scaled(pull, embeddings, valid, step)
-            moved = 0
-            for k in range(classes.shape[1]):
-                for sign in (1, -1):
-                    for inputs_here, points in path(inputs, settings.steps, embeddings, baseline, batch_size):
-                        times = len(points) // max(len(embeddings), 1)
-                        points = points + sign * direction[:, k].repeat(times, 1, 1)
-                        logits = classifier.logits(inputs_here, points, draws)
-                        value = class_scores(logits, classes[:, [k]].repeat(times, 1), settings.score)[:, 0]
-                        moved = moved + sign * (rate[:, k].repeat(times) * value).sum() / settings.steps
-    # Has the value of the distance, and beside its gradient that of the difference.
-    return loss + (moved - moved.detach()).to(loss.dtype)
+
+    def difference(embeddings: Tensor, baseline: Tensor, weight: Tensor) -> Iterator[Tensor]:
+        for k in range(classes.shape[1]):
+            for sign in (1, -1):
+                for inputs_here, points in path(inputs, settings.steps, embeddings, baseline, batch_size):
+                    times = len(points) // max(len(embeddings), 1)
+                    points = points + sign * direction[:, k].repeat(times, 1, 1)
+                    values = classifier.logits(inputs_here, points, draws)
+                    values = class_scores(values, classes[:, [k]].repeat(times, 1), settings.score)[:, 0]
+                    yield sign * (weight * rate[:, k].repeat(times) * values).sum() / settings.steps
+
+    return _WithDifference.apply(loss, difference, draws, embeddings, baseline, *_leaves(logits))
+
+
+class _WithDifference(torch.autograd.Function):
+    """The distance as it is; its backward adds the gradient of the difference. Each pass runs there, forward and
+    backward: there is the graph of one at a time, however many classes and steps there are."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, difference: Callable, draws: Draws, *moving: Tensor) -> Tensor:
+        ctx.difference, ctx.draws = difference, draws
+        ctx.save_for_backward(*moving)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, weight: Tensor):
+        embeddings, baseline, *parameters = ctx.saved_tensors
+        here = [tensor.detach().requires_grad_() for tensor in (embeddings, baseline)]
+        moving = [*here, *parameters]
+        total = [None] * len(moving)
+        with torch.enable_grad(), torch.autocast(embeddings.device.type, enabled=False), ctx.draws.again():
+            for part in ctx.difference(*here, weight):
+                found = torch.autograd.grad(part, moving, allow_unused=True)
+                total = [new if old is None else old + new for old, new in zip(total, found, strict=True)]
+        return weight, None, None, *total
+
+
+def _leaves(output: Tensor) -> list[Tensor]:
+    """Where the graph of `output` ends: the parameters that learn, whatever kind of function has them."""
+    leaves, seen, nodes = [], set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        nodes += [before for before, _ in node.next_functions]
+    return leaves
 
 
 def _distance(

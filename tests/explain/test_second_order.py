@@ -1,6 +1,7 @@
 """The gradient of a distance between attributions: exact by double backward, and by central differences."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -140,15 +141,53 @@ def test_a_watched_forward_saves_one(classifier, bert, batch):
         return distance(scores, teachers, batch["attention_mask"])
 
     near = central_difference(classifier, batch, settings, apart, target=TARGETS, watched=(seen, logits))
-    assert len(forwards) == 2
-
     score = logits.log_softmax(1).gather(1, TARGETS[:, None]).sum()
     [pull] = torch.autograd.grad(score, seen.embeddings, create_graph=True)
     scores = (pull * seen.embeddings).norm(dim=-1).masked_fill(batch["attention_mask"] == 0, 0)
     exact = apart(scores / scores.norm(dim=1, keepdim=True))
     torch.testing.assert_close(near, exact)
     assert _relative(_gradient(bert, near), _gradient(bert, exact)) < 2e-3
+    assert len(forwards) == 2
     logits.sum().backward()  # the step's own graph is still there
+
+
+def test_the_passes_of_a_difference_run_in_the_backward_and_leave_no_graph_and_no_draws(classifier, bert, batch):
+    """However many classes are explained, there is the graph of one pass at a time."""
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            saved.add(self)
+
+    saved, beside = weakref.WeakSet(), []
+    _with_dropout(bert)
+    torch.manual_seed(3)
+    loss = central_difference(classifier, batch, SETTINGS["summed"], torch.sum, target="all")
+    bert.bert.encoder.register_forward_pre_hook(lambda *_: beside.append(len(saved)))
+    bert.bert.encoder.register_forward_hook(lambda *_: beside.append(len(saved)))
+    state = torch.get_rng_state()
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda kept: kept.tensor):
+        loss.backward()
+    before, after = beside[::2], beside[1::2]
+    assert before == [0] * 6 and after[0] > 20 and len({*after}) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parameters_of_any_function_learn_from_a_difference(batch):
+    """It need be no module: what learns is found where its graph ends."""
+    table, weight, frozen = torch.randn(30, 4).double(), torch.randn(3, 4).double(), torch.randn(3).double()
+    table.requires_grad_(), weight.requires_grad_()
+
+    def model(inputs_embeds, attention_mask):
+        return torch.tanh(inputs_embeds * attention_mask[..., None]).sum(1) @ weight.T + frozen
+
+    inputs = {"inputs_embeds": table[batch["input_ids"]], "attention_mask": batch["attention_mask"]}
+    gradients = [
+        torch.autograd.grad(loss, [table, weight], retain_graph=True)
+        for loss in _both(Classifier(model), inputs, SETTINGS["gradient x input"])
+    ]
+    for exact, near in zip(*gradients, strict=True):
+        assert exact.norm() > 1e-4 and _relative(near, exact) < 1e-3
 
 
 def test_double_backward_through_a_watched_forward_is_that_through_one_of_its_own(classifier, bert, batch):
