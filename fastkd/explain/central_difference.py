@@ -31,6 +31,7 @@ from fastkd.explain.gradient import (
     GradientSettings,
     check_watched,
     gradient_of_watched,
+    leaves_of,
     mean_gradient,
     path,
     scores_of,
@@ -86,6 +87,10 @@ def central_difference(
     All passes have the dropout of the first (or watched) forward above the embeddings, so that their difference is one
     of J alone, and run without autocast. Scores that are not finite give a loss that is not: skip the step then.
 
+    The further passes run in the backward, with the model, its mode and the tensors of `inputs` as they are then. They
+    may share parameters, but nothing that was computed from parameters beforehand. A hook on a parameter's gradient
+    (`Tensor.register_hook`) is called for each of them too.
+
     Raises as `gradient_attribution`; TypeError for a `distance` of another kind, ValueError for a `step` that is not
     positive.
     """
@@ -94,6 +99,7 @@ def central_difference(
     if not isinstance(distance, DistanceTo) and not callable(distance):
         raise TypeError(f"distance is of type {type(distance).__name__}; DistanceTo(scores) or a function is needed")
     valid = check_explained(classifier, inputs, target, batch_size)
+    inputs = dict(inputs)
     with torch.enable_grad():
         if watched is None:
             before = Draws(valid.device)
@@ -104,16 +110,20 @@ def central_difference(
             embeddings, draws, before = seen.embeddings, seen.draws, seen.before
         baseline = classifier.baseline(inputs, settings.baseline, embeddings, before)
         with torch.autocast(embeddings.device.type, enabled=False):
+            learning: set[Tensor] = set()
             if watched is None:
-                gradient, classes, logits = mean_gradient(
-                    classifier, inputs, settings, embeddings, baseline, target, batch_size=batch_size, draws=draws
-                )
+                gradient, classes = mean_gradient(
+                    classifier, inputs, settings, embeddings, baseline, target, batch_size=batch_size, draws=draws,
+                    learning=learning,
+                )  # fmt: skip
             else:
-                gradient, classes, logits = gradient_of_watched(watched, settings, target)
+                gradient, classes = gradient_of_watched(watched, settings, target)
+                learning = leaves_of(watched[1]) - {embeddings}
             gradient = gradient.detach().requires_grad_()
             loss = _distance(distance, settings, gradient, embeddings, baseline, valid, single(target))
             [pull] = torch.autograd.grad(loss, gradient, retain_graph=True)
             direction, rate = _scaled(pull, embeddings, valid, step)
+            loss = loss.masked_fill(~(direction.isfinite().all() & rate.isfinite().all()), torch.nan)
 
     def difference(embeddings: Tensor, baseline: Tensor, weight: Tensor) -> Iterator[Tensor]:
         for k in range(classes.shape[1]):
@@ -125,12 +135,13 @@ def central_difference(
                     values = class_scores(values, classes[:, [k]].repeat(times, 1), settings.score)[:, 0]
                     yield sign * (weight * rate[:, k].repeat(times) * values).sum() / settings.steps
 
-    return _WithDifference.apply(loss, difference, draws, embeddings, baseline, *_leaves(logits))
+    return _WithDifference.apply(loss, difference, draws, embeddings, baseline, *learning)
 
 
 class _WithDifference(torch.autograd.Function):
-    """The distance as it is; its backward adds the gradient of the difference. Each pass runs there, forward and
-    backward: there is the graph of one at a time, however many classes and steps there are."""
+    """The distance as it is; its backward adds the gradient of the difference, or nothing where that of the embeddings
+    is not finite. Each pass runs there, forward and backward: there is the graph of one at a time, however many
+    classes and steps there are."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, difference: Callable, draws: Draws, *moving: Tensor) -> Tensor:
@@ -148,22 +159,14 @@ class _WithDifference(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(embeddings.device.type, enabled=False), ctx.draws.again():
             for part in ctx.difference(*here, weight):
                 found = torch.autograd.grad(part, moving, allow_unused=True)
-                total = [new if old is None else old + new for old, new in zip(total, found, strict=True)]
-        return weight, None, None, *total
+                total = [_sum(old, new) for old, new in zip(total, found, strict=True)]
+        finite = total[0].isfinite().all()
+        return weight, None, None, *(each if each is None else each.masked_fill(~finite, 0) for each in total)
 
 
-def _leaves(output: Tensor) -> list[Tensor]:
-    """Where the graph of `output` ends: the parameters that learn, whatever kind of function has them."""
-    leaves, seen, nodes = [], set(), [output.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        nodes += [before for before, _ in node.next_functions]
-    return leaves
+def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """Of gradients, each None where a pass did not reach the parameter."""
+    return new if old is None else old if new is None else old + new
 
 
 def _distance(

@@ -159,12 +159,12 @@ def gradient_attribution(
             embeddings, before = seen.embeddings, seen.before
         baseline = classifier.baseline(inputs, settings.baseline, embeddings, before)
         if watched is None:
-            gradient, *_ = mean_gradient(
+            gradient, _ = mean_gradient(
                 classifier, inputs, settings, embeddings, baseline, target, create_graph=create_graph,
                 batch_size=batch_size,
             )  # fmt: skip
         else:
-            gradient, *_ = gradient_of_watched(watched, settings, target, create_graph=create_graph)
+            gradient, _ = gradient_of_watched(watched, settings, target, create_graph=create_graph)
         scores = scores_of(settings, gradient, embeddings, baseline, valid)
     scores = scores if create_graph else scores.detach()
     return scores[:, 0] if single(target) else scores
@@ -181,20 +181,22 @@ def mean_gradient(
     create_graph: bool = False,
     batch_size: int = 256,
     draws: Draws | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """G (B, K, L, D), of embeddings that require grad, the classes (B, K), and logits of the pass that had the
-    embeddings themselves among its points."""
+    learning: set[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """G (B, K, L, D), of embeddings that require grad, and the classes (B, K). `learning` gets the parameters that the
+    passes reach."""
     classes, total = None, 0
     for inputs_here, points in path(inputs, settings.steps, embeddings, baseline, batch_size):
         points = points if create_graph else points.detach().requires_grad_()
         logits = classifier.logits(inputs_here, points, draws)
+        if learning is not None:
+            learning |= leaves_of(logits) - {points}
         if classes is None:
-            first = logits
             classes = target_classes(logits[: len(embeddings)], target)  # the path begins at the embeddings themselves
         steps = len(points) // len(embeddings) if len(embeddings) else 1
         gradients = gradients_of_classes(logits, classes.repeat(steps, 1), settings.score, points, create_graph)
         total = total + gradients.unflatten(0, (steps, len(embeddings))).sum(0)
-    return total / settings.steps, classes, first
+    return total / settings.steps, classes
 
 
 def check_watched(watched: tuple[Watched, Tensor], settings: GradientSettings, inputs: Inputs) -> Watched:
@@ -213,12 +215,12 @@ def check_watched(watched: tuple[Watched, Tensor], settings: GradientSettings, i
 
 def gradient_of_watched(
     watched: tuple[Watched, Tensor], settings: GradientSettings, target: Target, *, create_graph: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """`mean_gradient` of one step, whose forward has run; its graph stays."""
     seen, logits = watched
     classes = target_classes(logits, target)
     gradients = gradients_of_classes(logits, classes, settings.score, seen.embeddings, create_graph, keep_graph=True)
-    return gradients, classes, logits
+    return gradients, classes
 
 
 def gradients_of_classes(
@@ -255,6 +257,20 @@ def gradients_of(scores: Tensor, points: Tensor, create_graph: bool = False, kee
         for k, column in enumerate(columns)
     ]
     return torch.stack(gradients, 1)
+
+
+def leaves_of(output: Tensor) -> set[Tensor]:
+    """Where the graph of `output` ends: the parameters that learn, whatever kind of function has them."""
+    leaves, seen, nodes = set(), set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        nodes += [before for before, _ in node.next_functions]
+    return leaves
 
 
 def path(

@@ -191,6 +191,46 @@ def test_parameters_of_any_function_learn_from_a_difference(batch):
         assert exact.norm() > 1e-4 and _relative(near, exact) < 1e-3
 
 
+def test_parameters_that_some_passes_only_reach_learn_from_those(batch):
+    """An expert that is skipped where nothing needs it, by some of the steps from the baseline, or by one sign."""
+    table, first, second = (torch.randn(size).double().requires_grad_() for size in ((30, 4), (4, 3), (4, 3)))
+
+    def model(inputs_embeds, attention_mask):
+        calls.append(len(inputs_embeds))
+        pooled = torch.tanh(inputs_embeds * attention_mask[..., None]).sum(1)
+        logits = pooled @ first
+        return logits + pooled @ second if len(calls) in reaching else logits
+
+    inputs = {"inputs_embeds": table[batch["input_ids"]], "attention_mask": batch["attention_mask"]}
+    for reaching in ({2}, {1, 3}, {1, 2, 4, 6}):  # of the path of 2 chunks, then with each sign
+        calls = []
+        settings = GradientSettings("integrated_gradients", steps=2)
+        loss = central_difference(
+            Classifier(model), inputs, settings, lambda a: a.square().sum(), target=TARGETS, batch_size=1
+        )
+        found = torch.autograd.grad(loss, [first, second], retain_graph=True, allow_unused=True)
+        assert len(calls) == 6 and found[0].norm() > 1e-3
+        assert (found[1] is not None and found[1].norm() > 1e-3) == any(call > 2 for call in reaching), reaching
+
+
+def test_a_distance_whose_slope_is_not_finite_gives_a_loss_that_is_not(classifier, batch):
+    loss = central_difference(classifier, batch, SETTINGS["summed"], lambda a: (a - a.detach()).norm().sqrt())
+    assert loss.isnan()
+
+
+def test_moved_passes_that_are_not_finite_add_nothing(batch):
+    table, weight = torch.randn(30, 4).double().requires_grad_(), torch.randn(4, 3).double().requires_grad_()
+
+    def model(inputs_embeds, attention_mask):
+        far = (inputs_embeds - table[batch["input_ids"]]).detach() != 0
+        return torch.tanh(inputs_embeds.masked_fill(far, torch.inf) * inputs_embeds).sum(1) @ weight
+
+    inputs = {"inputs_embeds": table[batch["input_ids"]], "attention_mask": batch["attention_mask"]}
+    loss = central_difference(Classifier(model), inputs, SETTINGS["summed"], lambda a: a.square().sum(), target=TARGETS)
+    loss.backward()
+    assert loss.isfinite() and table.grad.norm() > 0 and table.grad.isfinite().all() and not weight.grad.any()
+
+
 def test_double_backward_through_a_watched_forward_is_that_through_one_of_its_own(classifier, bert, batch):
     settings = SETTINGS["gradient x input"]
     teachers = _teachers(classifier, batch, settings, TARGETS)
