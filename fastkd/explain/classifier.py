@@ -94,7 +94,7 @@ class Classifier:
         if mask_id is not None:
             check_whole("mask_id", mask_id, 0)
         self.model, self.mask_id, self.special_ids = model, mask_id, as_ids(special_ids)
-        self._embeddings = _input_embeddings(model) if embeddings is None else embeddings
+        self._embeddings = word_embeddings(model) if embeddings is None else embeddings
         if self._embeddings is not None and isinstance(model, nn.Module):
             modules = dict(model.named_modules())
             if not any(module is self._embeddings for module in modules.values()):
@@ -273,7 +273,8 @@ def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = own
 
 
-def _input_embeddings(model) -> nn.Module | None:
+def word_embeddings(model) -> nn.Module | None:
+    """The module that `model.get_input_embeddings()` names, if there is one."""
     try:
         return model.get_input_embeddings()
     except (AttributeError, NotImplementedError):

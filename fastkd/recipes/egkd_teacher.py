@@ -21,6 +21,7 @@ from fastkd.explain import (
     compute_results,
     train_selector,
 )
+from fastkd.explain.classifier import word_embeddings
 from fastkd.models.architectures import embeddings_of
 from fastkd.recipes.egkd_branches import Branch, SelectionBranch
 from fastkd.recipes.egkd_settings import EgkdConfig
@@ -45,10 +46,7 @@ def classifier_of(model: PreTrainedModel, tokenizer, forward=None) -> Classifier
 
 
 def _word_embeddings(model) -> nn.Module:
-    try:
-        embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embeddings = None
+    embeddings = word_embeddings(model)
     if embeddings is None:
         raise ValueError(
             f"{type(model).__name__} offers no embeddings to explain: neither is its architecture known "

@@ -202,7 +202,7 @@ def test_parameters_that_some_passes_only_reach_learn_from_those(batch):
         return logits + pooled @ second if len(calls) in reaching else logits
 
     inputs = {"inputs_embeds": table[batch["input_ids"]], "attention_mask": batch["attention_mask"]}
-    for reaching in ({2}, {1, 3}, {1, 2, 4, 6}):  # of the path of 2 chunks, then with each sign
+    for reaching in ({2}, {1, 3}, {2, 4, 6}):  # of the path of 2 chunks, then with each sign
         calls = []
         settings = GradientSettings("integrated_gradients", steps=2)
         loss = central_difference(
